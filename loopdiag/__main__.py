@@ -1,0 +1,5 @@
+"""`python -m loopdiag`."""
+
+from loopdiag.cli import main
+
+main()

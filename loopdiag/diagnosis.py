@@ -1,0 +1,261 @@
+"""Measures and readouts over a corpus, and the result that is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from loopdiag import __version__
+from loopdiag.corpus import Corpus, TokenDocument, batches, tokenize
+from loopdiag.errors import InputError
+from loopdiag.measures import attention, diversity, motion, offset, prediction
+from loopdiag.model.decoder import LoopedLM
+from loopdiag.readouts import fit_readouts
+from loopdiag.trace import LoopTrace, record
+
+SCHEMA = 1
+LONGEST_RANK = 256
+PER_LOOP = ("document", "loop")
+
+# Name: (unit, state, what it is). The functions' docstrings say more.
+DEFINITIONS: dict[str, tuple[str, str, str]] = {
+    "nll_exit": ("nats per token", "N(Y)", "negative log likelihood of the next token, reading out after loop r"),
+    "gain": ("nats per token", "N(Y)", "NLL that loop r takes off the tokens it helps"),
+    "cost": ("nats per token", "N(Y)", "NLL that loop r adds to the tokens it harms"),
+    "rank": ("rank", "N(Y)", "median rank of the next token, 1 the best"),
+    "entropy": ("nats", "N(Y)", "entropy of the exit's distribution"),
+    "output_shift": ("nats", "N(Y)", "KL(p^(r) || p^(r-1))"),
+    "output_shift_reverse": ("nats", "N(Y)", "KL(p^(r-1) || p^(r))"),
+    "output_shift_js": ("nats", "N(Y)", "Jensen-Shannon divergence of p^(r) and p^(r-1)"),
+    "nll_usable": ("nats per token", "N(Y)", "NLL through the exit's fitted translator"),
+    "withheld": (
+        "nats per token",
+        "Z",
+        "NLL read from the carry of r-1 that the offset hands over, minus from the token's own",
+    ),
+    "step_size": ("residual stream", "Y", "||Y_r - Y_(r-1)||"),
+    "relative_step": ("1", "Y", "||Y_r - Y_(r-1)|| / ||Y_(r-1)||"),
+    "state_cosine": ("1", "Y", "cos(Y_r, Y_(r-1))"),
+    "cos_update": ("1", "Y", "cosine of successive updates"),
+    "cos_reference": ("1", "Y", "cosine of successive updates were the loops' states unrelated"),
+    "effective_rank": ("1", "N(Y)", "effective rank of a document's states"),
+    "effective_rank_centred": ("1", "N(Y)", "effective rank of a document's states less their mean"),
+    "omega": ("carry", "Z", "distance of neighbouring tokens' carries from loop r-1"),
+    "omega_relative": ("1", "Z", "that distance over the carry's norm"),
+    "omega_random": ("carry", "Z", "distance of any two tokens' carries in the document"),
+    "gate_mean": ("1", "layer input", "weight of the global attention branch"),
+}
+
+
+class DiagnosisError(InputError):
+    """A diagnosis that cannot be made or read; the message says what was given, what is allowed and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything measured on one model and corpus.
+
+    Attributes:
+        data: Measures by `document, loop(, layer, head)`, loop 0..R with NaN where undefined; the coordinate `source`
+            gives each document's cluster. Every variable carries `units`, `state` and `long_name`; `DEFINITIONS` lists
+            them.
+    """
+
+    data: xr.Dataset
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is needed to make the same diagnosis again: model, weights, corpus, seeds, dtype, versions."""
+        return json.loads(self.data.attrs["provenance"])
+
+    @property
+    def loops(self) -> np.ndarray:
+        """Loop numbers 1..R."""
+        return self.data["loop"].values[1:]
+
+    def __repr__(self) -> str:
+        about = self.provenance
+        return (
+            f"Diagnosis of {about['model']} (trained with {about['trained_loops']} loops, run with {about['run_loops']}): "
+            f"{about['documents']} documents of {about['corpus']}, {about['tokens']:,} tokens, "
+            f"{len(self.data.data_vars)} measures"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a netCDF file, whole or not at all; a file of that name is replaced."""
+        target = Path(path)
+        partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            self.data.to_netcdf(partial_file, engine="h5netcdf")
+            os.replace(partial_file, target)
+        finally:
+            partial_file.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
+        """Read what `save` wrote.
+
+        Raises:
+            DiagnosisError: No such file, or not a diagnosis of this schema.
+        """
+        if not Path(path).is_file():
+            raise DiagnosisError(f"{path} is no file: give a diagnosis that `loopdiag diagnose --save` wrote.")
+        try:
+            data = xr.load_dataset(path, engine="h5netcdf")
+            schema = json.loads(data.attrs["provenance"])["schema"]
+        except (OSError, ValueError, KeyError) as error:
+            raise DiagnosisError(f"{path} is not a diagnosis: {type(error).__name__}: {error}.") from None
+        if schema != SCHEMA:
+            raise DiagnosisError(
+                f"{path} has schema {schema}; this version of loopdiag reads {SCHEMA}. Diagnose again."
+            )
+        return cls(data)
+
+
+def diagnose(
+    model: LoopedLM,
+    corpus: Corpus,
+    *,
+    n_loops: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    readouts: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Diagnosis:
+    """Measure a model, loop by loop.
+
+    Readouts are fitted on the corpus' `fit` documents; every number is measured on its `report` documents.
+
+    Args:
+        model: A model with a tokenizer.
+        corpus: Documents; those longer than `max_tokens` are cut and counted.
+        n_loops: Loops to run; the trained number when None.
+        max_tokens: Longest document in tokens; what the model was made for when None.
+        batch_size: Documents of a batch.
+        seed: Order of the `fit` documents.
+        readouts: Fit the translators behind `nll_usable` and `withheld`, the slowest part; NaN without.
+        progress: Called with (what is done, documents done, documents in all).
+
+    Raises:
+        ValueError: `n_loops` below 1.
+        DiagnosisError: No tokenizer, or `max_tokens` beyond the model.
+    """
+    n_loops = model.cfg.n_loops if n_loops is None else n_loops
+    model.ensure_loops(n_loops)
+    longest = model.cfg.n_ctx
+    if model.tokenizer is None:
+        raise DiagnosisError("The model has no tokenizer: its folder holds none, so text cannot be read.")
+    if max_tokens is not None and max_tokens > longest:
+        raise DiagnosisError(f"max_tokens = {max_tokens} is beyond this model, which was made for {longest}.")
+    fit, report = (tokenize(half, model.tokenizer, max_tokens or longest) for half in (corpus.fit, corpus.report))
+    rank_tokens = matched_tokens(report)
+    tell = progress or (lambda what, done, of: None)
+
+    def traces(documents: Sequence[TokenDocument], what: str) -> Iterator[LoopTrace]:
+        done = 0
+        for batch in batches(documents, batch_size):
+            yield record(model, batch, n_loops)
+            done += len(batch.names)
+            tell(what, done, len(documents))
+
+    fitted = None
+    if readouts:
+        order = np.random.default_rng(seed).permutation(len(fit))
+        fitted = fit_readouts([fit[index] for index in order], partial(traces, what="fitting readouts"))
+    parts = []
+    for trace in traces(report, "measuring"):
+        parts.append(measure(trace, rank_tokens) | (fitted.measure(trace) if fitted else {}))
+    provenance = {
+        "schema": SCHEMA,
+        "model": model.source,
+        "weights_sha256": weights_hash(model),
+        "config": vars(model.cfg),
+        "trained_loops": model.cfg.n_loops,
+        "run_loops": n_loops,
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.fingerprint,
+        "documents": len(report),
+        "documents_cut": sum(document.cut for document in report),
+        "documents_fit": len(fit),
+        "documents_too_short": len(corpus) - len(fit) - len(report),
+        "tokens": sum(len(document.input_ids) - 1 for document in report),
+        "max_tokens": max_tokens or longest,
+        "rank_tokens": rank_tokens,
+        "ridge": fitted.ridge if fitted else None,
+        "seed": seed,
+        "batch_size": batch_size,
+        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "device": model.embed.weight.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {"loopdiag": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "numpy", "transformer-lens", "transformers")},
+    }
+    return Diagnosis(_dataset(parts, report, n_loops, provenance))
+
+
+def matched_tokens(documents: Sequence[TokenDocument]) -> int:
+    """Tokens at which effective ranks are compared: what nine of ten documents have, at most 256."""
+    lengths = sorted(len(document.input_ids) for document in documents)
+    return min(LONGEST_RANK, lengths[len(lengths) // 10])
+
+
+def measure(trace: LoopTrace, rank_tokens: int) -> dict[str, Tensor]:
+    """Every measure of one batch but the readouts, each with the document first."""
+    return {
+        **prediction.exits(trace),
+        "step_size": motion.step_size(trace),
+        "relative_step": motion.relative_step(trace),
+        "state_cosine": motion.state_cosine(trace),
+        "cos_update": motion.cos_update(trace),
+        "cos_reference": motion.cos_reference(trace),
+        "effective_rank": diversity.document_rank(trace, rank_tokens),
+        "effective_rank_centred": diversity.document_rank(trace, rank_tokens, centred=True),
+        "omega": offset.omega(trace),
+        "omega_relative": offset.omega_relative(trace),
+        "omega_random": offset.omega_random(trace),
+        **({} if trace.gate is None else {"gate_mean": attention.gate_mean(trace)}),
+    }
+
+
+def weights_hash(model: LoopedLM) -> str:
+    """sha256 over the names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _dataset(
+    parts: list[dict[str, Tensor]], documents: Sequence[TokenDocument], n_loops: int, provenance: dict[str, Any]
+) -> xr.Dataset:
+    """All batches as one dataset; measures that were not taken are left out."""
+    variables = {}
+    for name, (units, state, long_name) in DEFINITIONS.items():
+        if name in parts[0]:
+            values = torch.cat([part[name].cpu() for part in parts]).double().numpy()
+            dims = (*PER_LOOP, "layer", "head")[: values.ndim]
+            variables[name] = (dims, values, {"units": units, "state": state, "long_name": long_name})
+    return xr.Dataset(
+        variables,
+        coords={
+            "document": [document.name for document in documents],
+            "source": ("document", [document.source for document in documents]),
+            "loop": np.arange(n_loops + 1),
+        },
+        attrs={"provenance": json.dumps(provenance, sort_keys=True)},
+    )

@@ -1,0 +1,70 @@
+"""The JSON answer: a contract, described in docs/json.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from loopdiag.diagnosis import DEFINITIONS, Diagnosis
+from loopdiag.gaincost.curve import gain_cost
+from loopdiag.gaincost.decision import Recommendation
+
+SCHEMA = 1
+
+
+def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, Any]:
+    """Everything that `loopdiag recommend` says, ready for JSON: undefined numbers are None."""
+    about = diagnosis.provenance
+    return {
+        "schema": SCHEMA,
+        "model": about["model"],
+        "trained_loops": about["trained_loops"],
+        "run_loops": about["run_loops"],
+        "documents": about["documents"],
+        "tokens": about["tokens"],
+        "price_nats_per_loop": recommendation.price,
+        "verdict": recommendation.verdict,
+        "recommended_loops": recommendation.recommended_loops,
+        "why_undetermined": recommendation.why or None,
+        "support": {str(loop): share for loop, share in recommendation.support.items()},
+        "contenders": list(recommendation.contenders),
+        "break_even": [asdict(step) for step in recommendation.break_even],
+        "predicted_training_loops": recommendation.predicted_training_loops,
+        "lenses": recommendation.lenses,
+        "loops": loop_rows(diagnosis),
+        "provenance": about,
+    }
+
+
+def loop_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
+    """One row per loop 1..R: every measure's mean over documents, the NLL with its 95 % interval."""
+    curve = gain_cost(diagnosis)
+    means = {
+        name: values.mean([dim for dim in values.dims if dim != "loop"]).values
+        for name, values in diagnosis.data.data_vars.items()
+        if name in DEFINITIONS
+    }
+    absent = [name for name in ("nll_usable", "withheld", "gate_mean") if name not in means]
+    return [
+        {
+            "loop": int(loop),
+            "extrapolated": bool(loop > curve.trained_loops),
+            "nll_exit_low": float(curve.nll_exit.low[index]),
+            "nll_exit_high": float(curve.nll_exit.high[index]),
+            "net_gain": float(curve.net.mean[index]),
+            **{str(name): _number(mean[loop]) for name, mean in means.items()},
+            **dict.fromkeys(absent),
+        }
+        for index, loop in enumerate(curve.loop)
+    ]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def dumps(answer: dict[str, Any]) -> str:
+    """The answer as text; NaN is refused, since JSON has none."""
+    return json.dumps(answer, indent=2, allow_nan=False) + "\n"

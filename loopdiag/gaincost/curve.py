@@ -1,0 +1,75 @@
+"""Gain and cost of each loop in nats per token, on one checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from loopdiag.diagnosis import Diagnosis
+from loopdiag.gaincost.bootstrap import interval, resampled_means
+
+PerLoop = Float[np.ndarray, " loop"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over documents for each loop, with its 95 % bootstrap interval."""
+
+    mean: PerLoop
+    low: PerLoop
+    high: PerLoop
+
+
+@dataclass(frozen=True)
+class GainCost:
+    """The gain-cost curve of one checkpoint, loops 1..R, in nats per token.
+
+    With d the change of a token's NLL from exit r-1 to exit r: gain is the mean of max(0, -d), cost of max(0, d), and
+    net = gain - cost = nll_exit(r-1) - nll_exit(r). Loop 1 starts from the embedding and does not belong on one axis with
+    the others.
+
+    Attributes:
+        model: Which model.
+        loop: 1..R.
+        trained_loops: Loops the model was trained with; what lies beyond is extrapolated.
+        gain, cost, net, nll_exit: With intervals over documents, paired across loops.
+        documents: Documents behind every mean.
+    """
+
+    model: str
+    loop: np.ndarray
+    trained_loops: int
+    gain: Estimate
+    cost: Estimate
+    net: Estimate
+    nll_exit: Estimate
+    documents: int
+
+    @property
+    def cost_over_gain(self) -> PerLoop:
+        """Near 1, a loop only moves things."""
+        return self.cost.mean / self.gain.mean
+
+
+def gain_cost(diagnosis: Diagnosis, *, seed: int = 0) -> GainCost:
+    """The gain-cost curve of a diagnosis; its intervals leave out the training seed."""
+    data = diagnosis.data
+    sources = data["source"].values
+
+    def estimate(values: np.ndarray) -> Estimate:
+        return Estimate(values.mean(0), *interval(resampled_means(values, sources, seed=seed)))
+
+    nll = data["nll_exit"].values
+    about = diagnosis.provenance
+    return GainCost(
+        model=about["model"],
+        loop=diagnosis.loops,
+        trained_loops=about["trained_loops"],
+        gain=estimate(data["gain"].values[:, 1:]),
+        cost=estimate(data["cost"].values[:, 1:]),
+        net=estimate(nll[:, :-1] - nll[:, 1:]),
+        nll_exit=estimate(nll[:, 1:]),
+        documents=len(nll),
+    )

@@ -1,0 +1,51 @@
+"""How many directions the states of a document use. On N(Y), what a head reads."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopdiag.trace import LoopTrace
+
+
+def effective_rank(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "*batch"]:
+    """Effective rank of a set of hidden states.
+
+    exp of the entropy of the singular values, scaled to sum to 1. Dimensionless, from 1 (one direction) to
+    min(tokens, d_model). Computed in float64. States are not centred: subtract the mean first if a shared part
+    should not count.
+
+    Raises:
+        ValueError: A set of states is all zeros or has a non-finite entry.
+
+    Source: Roy and Vetterli (2007), as in arXiv 2606.18023. Singular values, not their squares; papers that square
+    them report a smaller number.
+    """
+    if not torch.isfinite(h).all():
+        raise ValueError("effective_rank: the states have a non-finite entry, so they have no singular values.")
+    values = torch.linalg.svdvals(h.double())
+    total = values.sum(-1, keepdim=True)
+    if (total == 0).any():
+        raise ValueError("effective_rank: the states are all zeros, which has no effective rank.")
+    return torch.special.entr(values / total).sum(-1).exp()
+
+
+def document_rank(trace: LoopTrace, tokens: int, centred: bool = False) -> Float[Tensor, "document loop"]:
+    """Effective rank of the first `tokens` real tokens' N(Y) of each document, loops 0..R.
+
+    The rank is bounded by the number of tokens and grows with it, so documents and loops are compared at the same number.
+    NaN for documents with fewer real tokens.
+
+    Args:
+        trace: The batch.
+        tokens: Tokens of each document that count.
+        centred: Subtract the document's mean state first.
+    """
+    ranks = torch.full((len(trace.mask), trace.n_loops + 1), float("nan"), dtype=torch.float64)
+    for document, real in enumerate(trace.mask):
+        if int(real.sum()) < tokens:
+            continue
+        h = trace.readout[:, document, real][:, :tokens].double()
+        ranks[document] = effective_rank(h - h.mean(1, keepdim=True) if centred else h).cpu()
+    return ranks

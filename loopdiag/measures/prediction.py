@@ -1,0 +1,91 @@
+"""What each exit predicts: the head on N(Y_r), p^(r) its softmax, p^(0) that of the embedding."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopdiag.measures.reduce import at_least_float32, over_tokens
+from loopdiag.trace import LoopTrace
+
+PerLoop = Float[Tensor, "document loop"]
+
+# Logits of this many entries (all loops together) exist at a time. On a CPU they should stay in its cache (four times as fast
+# as 2**26 on a vocabulary of 2,048); a GPU wants large blocks.
+LOGITS_AT_A_TIME = {"cpu": 2**20}
+LOGITS_ELSEWHERE = 2**26
+
+
+def exits(trace: LoopTrace) -> dict[str, PerLoop]:
+    """Everything that is read off the exits' distributions, in one pass over the vocabulary.
+
+    Means over the tokens that have a next token; medians for the rank. All in nats but the rank.
+
+    - `nll_exit`: -log p^(r)(next token), loops 0..R.
+    - `rank`: median rank of the next token, 1 the best; tied tokens share their mean rank.
+    - `entropy`: of p^(r).
+    - `output_shift`: KL(p^(r) || p^(r-1)), loops 1..R. Unsigned: a loop that moves the prediction to a worse one has it too.
+    - `output_shift_reverse`: KL(p^(r-1) || p^(r)).
+    - `output_shift_js`: Jensen-Shannon divergence of the two, at most log 2.
+    - `gain`, `cost`: with d the change of a token's NLL from exit r-1 to exit r, mean of max(0, -d), what loop r gives to the
+      tokens it helps, and of max(0, d), what it takes from those it harms. gain - cost = nll_exit(r-1) - nll_exit(r).
+
+    Raises:
+        ValueError: The trace has no head.
+
+    Source: arXiv 2606.18023 for NLL, rank, entropy and output shift; gain and cost are this project's.
+    """
+    if trace.head is None:
+        raise ValueError("exits: this trace has no head; give LoopTrace.from_states(..., head=...).")
+    predicts = trace.predicts
+    targets = trace.input_ids.roll(-1, dims=1)[predicts]
+    states = trace.readout[:, predicts]  # [loop, token, d_model]
+    width = trace.head(states[:1, :1]).shape[-1]
+    block = max(1, LOGITS_AT_A_TIME.get(states.device.type, LOGITS_ELSEWHERE) // (width * len(states)))
+    parts = [
+        _exits_of(at_least_float32(trace.head(states[:, start : start + block])), targets[start : start + block])
+        for start in range(0, len(targets), block)
+    ]
+    results = {}
+    for name in parts[0]:
+        values = torch.cat([part[name] for part in parts], dim=1)
+        spread = values.new_zeros(len(states), *predicts.shape)
+        spread[:, predicts] = values
+        results[name] = _median(spread, predicts) if name == "rank" else over_tokens(spread, predicts)
+    return results
+
+
+def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dict[str, Float[Tensor, "loop token"]]:
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    index = targets[None, :, None].expand(len(logits), -1, 1)
+    true = logits.gather(-1, index)
+    nll = -log_p.gather(-1, index)[..., 0]
+    change = nll[1:] - nll[:-1]
+    middle = ((p[1:] + p[:-1]) / 2).clamp_min(torch.finfo(p.dtype).tiny).log()
+    divergence = {
+        "output_shift": _kl(p[1:], log_p[1:], log_p[:-1]),
+        "output_shift_reverse": _kl(p[:-1], log_p[:-1], log_p[1:]),
+        "output_shift_js": (_kl(p[1:], log_p[1:], middle) + _kl(p[:-1], log_p[:-1], middle)) / 2,
+        "gain": (-change).clamp_min(0),
+        "cost": change.clamp_min(0),
+    }
+    first = torch.full_like(nll[:1], float("nan"))
+    return {
+        "nll_exit": nll,
+        "rank": 1 + (logits > true).sum(-1) + ((logits == true).sum(-1) - 1) / 2,
+        "entropy": -(p * log_p).sum(-1),
+        **{name: torch.cat((first, values)) for name, values in divergence.items()},
+    }
+
+
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (p * (log_p - log_q)).sum(-1)
+
+
+def _median(values: Float[Tensor, "loop document pos"], kept: Tensor) -> PerLoop:
+    """Median over the kept tokens of each document (the mean of the middle two)."""
+    return torch.stack(
+        [torch.quantile(values[:, document, real].double(), 0.5, dim=-1) for document, real in enumerate(kept)]
+    )

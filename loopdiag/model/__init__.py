@@ -1,0 +1,8 @@
+"""Looped decoders with hook points by loop, and where they are loaded from."""
+
+from loopdiag.model.cache import LoopCache
+from loopdiag.model.config import LoopedConfig
+from loopdiag.model.decoder import LoopedLM
+from loopdiag.model.loading import LoadError, bundled_models, load, save
+
+__all__ = ["LoadError", "LoopCache", "LoopedConfig", "LoopedLM", "bundled_models", "load", "save"]

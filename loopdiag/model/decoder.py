@@ -1,0 +1,317 @@
+"""The looped decoder: embed, loops over one shared block, readout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from loopdiag.model.cache import LoopCache
+from loopdiag.model.config import LoopedConfig
+from loopdiag.model.layers import Gate, KeyValue, Layer, Layout, LoopHooks
+
+State = Float[Tensor, "batch pos d_model"]
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+class LoopedLM(HookedRootModule):
+    """A looped language model with hook points by loop.
+
+    Weights stand once, under `blocks.{layer}`; hook points once per loop, under `loops.{loop}`, loops
+    numbered from 1. Loop 1 passes E, the embedding, through the layers; loop r >= 2 passes
+    B_r = a*E + b*shift(Z_{r-1}) (see `LoopedConfig.injection`). Three states leave a loop:
+
+    - Y_r, the raw output of the last layer: `loops.{r}.hook_out_pre_norm`;
+    - Z_r, what is handed on: `loops.{r}.hook_out`, which is N(Y_r) in the last loop, and in every loop
+      of a model that normalises between loops, else Y_r;
+    - N(Y_r), what the head reads when the run stops after loop r: `loops.{r}.hook_readout`.
+
+    Attention patterns and the readouts of loops before the last are computed only when hooked.
+
+    Attributes:
+        cfg: The configuration.
+        tokenizer: The tokenizer that the model was trained with, or None for a model made from a
+            configuration alone.
+        source: Name, folder or hub id that it was loaded from.
+
+    Source: arXiv 2510.24824 (Parallel Loop Transformers), arXiv 2606.18023 (LoopCoder-v2).
+    """
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer: Any = None
+        self.source = "a model made here"
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.hook_embed = HookPoint()
+        self.blocks = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
+        self.ln_final = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        if not cfg.tie_embeddings:
+            self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.loops = nn.ModuleDict()
+        self.ensure_loops(cfg.n_loops)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights for training from scratch, the same for every loop count.
+
+        Matrices are normal with standard deviation 1/sqrt(inputs), those that write to the residual stream
+        smaller by sqrt(2 n_layers). Embeddings have 0.05, so that the carry, of unit scale times
+        `carry_scale`, does not drown the token in loops >= 2.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        into_stream = (2 * self.cfg.n_layers) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, Gate):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                std = 0.05
+                if name not in ("embed", "head"):
+                    std = module.in_features**-0.5 * (into_stream if name.endswith(("o_proj", "down_proj")) else 1.0)
+                # Drawn on the CPU, so that a seed means the same weights on every device.
+                module.weight.copy_(std * torch.randn(module.weight.shape, generator=generator))
+
+    def ensure_loops(self, n_loops: int) -> None:
+        """Grow the hook points to `n_loops` loops; more than trained is allowed.
+
+        Raises:
+            ValueError: `n_loops` is not an integer >= 1.
+        """
+        if isinstance(n_loops, bool) or not isinstance(n_loops, Integral) or n_loops < 1:
+            raise ValueError(
+                f"n_loops = {n_loops!r} is not allowed: it must be an integer >= 1 "
+                f"(this model was trained with {self.cfg.n_loops})."
+            )
+        if n_loops > len(self.loops):
+            for loop in range(len(self.loops) + 1, n_loops + 1):
+                self.loops[str(loop)] = LoopHooks(self.cfg, loop).train(self.training)
+            self.setup()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        n_loops: int | None = None,
+        return_type: Literal["logits", "loss"] = "logits",
+    ) -> Tensor:
+        """Run the model.
+
+        Args:
+            input_ids: Tokens.
+            attention_mask: 1 or True on tokens, 0 or False on padding, left or right. A padded document gets the
+                numbers that it gets alone.
+            n_loops: Loops to run; the trained number when None.
+            return_type: `"logits"`: [batch, pos, vocab], meaningless on padding. `"loss"`: mean negative
+                log likelihood of the real next tokens, in nats.
+
+        Raises:
+            ValueError: `input_ids` of the wrong shape or beyond the vocabulary, a mask of another shape or
+                with a hole in a row, `n_loops` below 1, or an unknown `return_type`.
+        """
+        if return_type not in ("logits", "loss"):
+            raise ValueError(f"return_type = {return_type!r} is not allowed: use 'logits' or 'loss'.")
+        n_loops = self.cfg.n_loops if n_loops is None else n_loops
+        self.ensure_loops(n_loops)
+        mask = self._checked(input_ids, attention_mask)
+        if return_type == "loss" and input_ids.shape[1] < 2:
+            raise ValueError("return_type='loss' needs at least 2 tokens, one to predict from and one to predict.")
+        embedding = self.hook_embed(self._embedded(input_ids))
+        layout = Layout.of(self.cfg, input_ids, mask, embedding.dtype)
+        memory: list[KeyValue | None] = [None] * self.cfg.n_layers
+        carry = readout = embedding
+        for loop in range(1, n_loops + 1):
+            hooks: LoopHooks = self.loops[str(loop)]  # type: ignore[assignment]
+            # A copy: hooks that edit in place must not reach the E that later loops inject.
+            x = hooks.hook_in(embedding.clone() if loop == 1 else self._inject(embedding, carry, layout.real))
+            for layer, block in enumerate(self.blocks):
+                x, made = block(x, layout, hooks.blocks[layer], memory[layer])
+                if loop == 1 and self.cfg.memory == "first":
+                    memory[layer] = made
+            raw = hooks.hook_out_pre_norm(x)
+            if loop == n_loops:
+                readout = hooks.hook_readout(hooks.hook_out(self.ln_final(raw)))
+            else:
+                if hooks.hook_readout.has_hooks():
+                    hooks.hook_readout(self.ln_final(raw))
+                carry = hooks.hook_out(self.ln_final(raw) if self.cfg.norm_between_loops else raw)
+        logits = self.unembed(readout)
+        return logits if return_type == "logits" else next_token_loss(logits, input_ids, mask)
+
+    def unembed(self, readout: State) -> Float[Tensor, "batch pos vocab"]:
+        """Logits of N(Y): the head, or the embedding matrix when the two are tied."""
+        return F.linear(readout, self.embed.weight if self.cfg.tie_embeddings else self.head.weight)
+
+    def _embedded(self, input_ids: Tensor) -> State:
+        try:
+            return self.embed(input_ids)
+        except IndexError:
+            raise ValueError(
+                f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}: tokens of this model are "
+                f"0 to {self.cfg.vocab_size - 1}."
+            ) from None
+
+    def _inject(self, embedding: State, carry: State, real: Tensor | None) -> State:
+        shifted = shift(carry, self.cfg.offset, real)
+        if self.cfg.injection == "none":
+            return shifted
+        return self.cfg.embed_scale * embedding + self.cfg.carry_scale * shifted
+
+    def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The mask as booleans, or None when nothing is padded."""
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64) or input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: it must be a non-empty "
+                "int64 or int32 tensor [batch, pos]."
+            )
+        if attention_mask is None:
+            return None
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: it must be that of input_ids, "
+                f"{tuple(input_ids.shape)}."
+            )
+        if attention_mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask has dtype {attention_mask.dtype}: it must be boolean or integer, 1 on tokens and 0 on padding "
+                "(additive masks mean the opposite)."
+            )
+        mask = attention_mask.bool()
+        if mask.all():
+            return None
+        if not _one_run(mask):
+            raise ValueError(
+                "attention_mask has a hole: the tokens of a row must stand together, padding left or right."
+            )
+        return mask
+
+    # -- hooks by name ------------------------------------------------------------------------------
+
+    def hooks(
+        self,
+        fwd_hooks: list[tuple[str | Callable, Callable]] = [],  # noqa: B006 (TransformerLens' signature)
+        bwd_hooks: list[tuple[str | Callable, Callable]] = [],  # noqa: B006
+        *args: Any,
+        **kwargs: Any,
+    ) -> AbstractContextManager:
+        """As in TransformerLens; a name that is no hook point raises a KeyError that says the range."""
+        self._check_names(name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str))
+        return super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs)
+
+    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens; a name that is no hook point raises a KeyError that says the range."""
+        if isinstance(name, str):
+            self._check_names([name])
+        super().add_hook(name, *args, **kwargs)
+
+    def run_with_hooks(self, *model_args: Any, n_loops: int | None = None, **kwargs: Any) -> Any:
+        """As in TransformerLens; hook points for `n_loops` loops are there before hooks are placed."""
+        n_loops = self.cfg.n_loops if n_loops is None else n_loops
+        self.ensure_loops(n_loops)
+        placed = (*kwargs.get("fwd_hooks", ()), *kwargs.get("bwd_hooks", ()))
+        self._check_names((name for name, _ in placed if isinstance(name, str)), n_loops)
+        return super().run_with_hooks(*model_args, n_loops=n_loops, **kwargs)
+
+    def run_with_cache(
+        self, *model_args: Any, names_filter: NamesFilter = None, n_loops: int | None = None, **kwargs: Any
+    ) -> tuple[Any, LoopCache]:
+        """Run the model and keep activations of every loop.
+
+        Args:
+            model_args: As for the model itself.
+            names_filter: A hook name, several, or a predicate. None keeps everything but the attention
+                patterns, which are built only when a name or a predicate asks for them.
+            n_loops: Loops to run; the trained number when None.
+            kwargs: As in TransformerLens, `pos_slice` excepted: slice the cached tensors instead.
+
+        Returns:
+            What the model returned, and a cache of the whole run; `cache.loop(r)` is an ordinary
+            `ActivationCache` of loop r.
+
+        Raises:
+            KeyError: A name that is no hook point of this run.
+            ValueError: `pos_slice` was given.
+        """
+        if kwargs.pop("pos_slice", None) is not None:
+            raise ValueError(
+                "pos_slice is not supported: it would slice the heads of gates and rotated queries. "
+                "Slice the cached tensors instead, for example cache['loops.1.hook_out'][:, -1]."
+            )
+        n_loops = self.cfg.n_loops if n_loops is None else n_loops
+        self.ensure_loops(n_loops)
+        if names_filter is not None and not callable(names_filter):
+            self._check_names([names_filter] if isinstance(names_filter, str) else names_filter, n_loops)
+        out, cache = super().run_with_cache(*model_args, names_filter=names_filter, n_loops=n_loops, **kwargs)
+        return out, LoopCache(cache, self, n_loops, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; None is everything but the attention patterns."""
+        return super().get_caching_hooks(self._predicate(names_filter), *args, **kwargs)
+
+    def add_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; None is everything but the attention patterns."""
+        return super().add_caching_hooks(self._predicate(names_filter), *args, **kwargs)
+
+    def _predicate(self, names_filter: NamesFilter) -> Callable[[str], bool]:
+        if names_filter is None:
+            return lambda name: "hook_pattern" not in name
+        if callable(names_filter):
+            return names_filter
+        names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
+        self._check_names(names)
+        return names.__contains__
+
+    def _check_names(self, names: Iterable[str], n_loops: int | None = None) -> None:
+        """Refuse names that are no hook point, or whose loop a run of `n_loops` does not reach."""
+        n_loops = n_loops or len(self.loops)
+        for name in names:
+            loop = re.match(r"loops\.(\d+)\.", name)
+            if name not in self.hook_dict or (loop and int(loop[1]) > n_loops):
+                raise KeyError(
+                    f"{name!r} is no hook point of this run. There are hook_embed and, for loops 1 to {n_loops} and "
+                    f"layers 0 to {self.cfg.n_layers - 1}, names such as 'loops.1.blocks.0.hook_resid_post' and "
+                    "'loops.1.hook_out'; `model.hook_dict` lists them all. More loops: n_loops= or model.ensure_loops(n)."
+                )
+
+
+def _one_run(mask: Tensor) -> bool:
+    """Whether the True entries of every row stand together."""
+    starts = mask[:, :1].long().sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    return bool((starts <= 1).all())
+
+
+def shift(carry: State, offset: int, real: Tensor | None = None) -> State:
+    """`carry` moved `offset` tokens to the right within each document; zeros come in at its start.
+
+    Args:
+        carry: [batch, pos, d_model].
+        offset: Tokens, >= 0.
+        real: False on padding; None when there is none.
+    """
+    if offset == 0:
+        return carry
+    if real is not None:
+        carry = carry * real.unsqueeze(-1)
+    return F.pad(carry, (0, 0, offset, 0))[:, : carry.shape[1]]
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor, real: Tensor | None) -> Tensor:
+    """Mean negative log likelihood of the real next tokens, in nats, computed in float32 at least."""
+    targets = input_ids[:, 1:].long()
+    if real is not None:
+        targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+    logits = logits[:, :-1]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,0 +1,212 @@
+"""The parts of one layer, and the hook points that each loop owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from loopdiag.model.config import LoopedConfig
+
+Heads = Float[Tensor, "batch pos head d_head"]
+KeyValue = tuple[Heads, Heads]
+
+
+class AttentionHooks(nn.Module):
+    """Hook points of one attention in one loop; the names are TransformerLens' where it has one."""
+
+    def __init__(self, blends: bool) -> None:
+        super().__init__()
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        if blends:
+            self.hook_pattern_global, self.hook_pattern_local = HookPoint(), HookPoint()
+            self.hook_z_global, self.hook_z_local = HookPoint(), HookPoint()
+            self.hook_gate = HookPoint()
+        else:
+            self.hook_pattern = HookPoint()
+        self.hook_z = HookPoint()
+
+
+class LayerHooks(nn.Module):
+    """Hook points of one layer in one loop."""
+
+    def __init__(self, blends: bool) -> None:
+        super().__init__()
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.attn = AttentionHooks(blends)
+
+
+class LoopHooks(nn.Module):
+    """Hook points of one loop. They hold no weights: those stand once, under `blocks`."""
+
+    def __init__(self, cfg: LoopedConfig, loop: int) -> None:
+        super().__init__()
+        blends = cfg.memory == "first" and loop > 1
+        self.hook_in = HookPoint()
+        self.blocks = nn.ModuleList(LayerHooks(blends) for _ in range(cfg.n_layers))
+        self.hook_out_pre_norm, self.hook_out, self.hook_readout = HookPoint(), HookPoint(), HookPoint()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a batch stand and what each may see; the same for every loop and layer.
+
+    Attributes:
+        cos, sin: RoPE tables.
+        causal: Allowed keys of the full attention, or None when plain causality says it all.
+        local: Allowed keys of the sliding window; None where no loop has one.
+        real: False on padding, or None when there is none.
+    """
+
+    cos: Float[Tensor, "#batch pos 1 half"]
+    sin: Float[Tensor, "#batch pos 1 half"]
+    causal: Bool[Tensor, "batch 1 pos pos"] | None
+    local: Bool[Tensor, "#batch 1 pos pos"] | None
+    real: Bool[Tensor, "batch pos"] | None
+
+    @classmethod
+    def of(
+        cls, cfg: LoopedConfig, input_ids: Int[Tensor, "batch pos"], mask: Tensor | None, dtype: torch.dtype
+    ) -> Layout:
+        """Positions count real tokens only, so that padding on either side changes nothing."""
+        device, length = input_ids.device, input_ids.shape[1]
+        index = torch.arange(length, device=device)
+        ahead = index[:, None] - index[None, :]  # query minus key
+        visible = (ahead >= 0)[None, None]
+        causal = None
+        positions = index[None]
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            # A padding query keeps itself in sight: a row without a key has no softmax.
+            itself = (ahead == 0)[None, None]
+            causal = visible = (visible & mask[:, None, None, :]) | itself
+        # Tables in float64 whatever the model runs in: at long contexts float32 angles are off by 1e-3.
+        inverse = cfg.rope_base ** (-torch.arange(0, cfg.d_head, 2, device=device, dtype=torch.float64) / cfg.d_head)
+        angle = positions[:, :, None, None].double() * inverse
+        local = visible & (ahead < cfg.window)[None, None] if cfg.memory == "first" else None
+        return cls(angle.cos().to(dtype), angle.sin().to(dtype), causal, local, mask)
+
+
+def rotate(x: Heads, layout: Layout) -> Heads:
+    """RoPE on the pairs (i, i + d_head / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * layout.cos - second * layout.sin, second * layout.cos + first * layout.sin), dim=-1)
+
+
+def attend(q: Heads, k: Heads, v: Heads, allowed: Tensor | None, hook_pattern: HookPoint) -> Heads:
+    """Attention of every query head; `allowed=None` is plain causality.
+
+    The pattern [batch, head, query, key] exists only while a hook asks for it; what the hook returns
+    is then what weighs the values.
+    """
+    shared = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2)))
+    if not hook_pattern.has_hooks():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None).transpose(1, 2)
+    if allowed is None:
+        allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    pattern = hook_pattern(scores.masked_fill(~allowed, float("-inf")).softmax(-1))
+    return (pattern @ v).transpose(1, 2)
+
+
+class Gate(nn.Module):
+    """Weight of the global branch, per head and position: sigmoid of an affine map.
+
+    Weights and bias start at zero, an even blend.
+    """
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.reads_hidden = cfg.gate_input == "hidden"
+        self.weight = nn.Parameter(torch.zeros(cfg.n_heads, cfg.d_model if self.reads_hidden else cfg.d_head))
+        self.bias = nn.Parameter(torch.zeros(cfg.n_heads))
+        if self.reads_hidden:
+            self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+
+    def forward(self, resid_pre: Float[Tensor, "batch pos d_model"], q: Heads) -> Float[Tensor, "batch pos head"]:
+        if self.reads_hidden:
+            return torch.sigmoid(F.linear(self.norm(resid_pre), self.weight, self.bias))
+        return torch.sigmoid((q * self.weight).sum(-1) + self.bias)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose keys and values may be shared across loops."""
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.d_head = cfg.d_head
+        self.q_proj = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=False)
+        self.k_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
+        self.v_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
+        self.o_proj = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+        if cfg.memory == "first":
+            self.gate = Gate(cfg)
+
+    def forward(
+        self,
+        normed: Float[Tensor, "batch pos d_model"],
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        layout: Layout,
+        hooks: AttentionHooks,
+        memory: KeyValue | None,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValue]:
+        """Attention output, and the rotated keys and the values that this call made.
+
+        With `memory` (loop 1's keys and values) the output blends attention to the memory with a
+        sliding window over this call's own.
+        """
+        q, k, v = (
+            hook(project(normed).unflatten(-1, (-1, self.d_head)))
+            for project, hook in (
+                (self.q_proj, hooks.hook_q),
+                (self.k_proj, hooks.hook_k),
+                (self.v_proj, hooks.hook_v),
+            )
+        )
+        q, k = hooks.hook_rot_q(rotate(q, layout)), hooks.hook_rot_k(rotate(k, layout))
+        if memory is None:
+            z = attend(q, k, v, layout.causal, hooks.hook_pattern)
+        else:
+            everywhere = hooks.hook_z_global(attend(q, *memory, layout.causal, hooks.hook_pattern_global))
+            nearby = hooks.hook_z_local(attend(q, k, v, layout.local, hooks.hook_pattern_local))
+            gate = hooks.hook_gate(self.gate(resid_pre, q)).unsqueeze(-1)
+            z = gate * everywhere + (1 - gate) * nearby
+        return self.o_proj(hooks.hook_z(z).flatten(-2)), (k, v)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
+        self.up_proj = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
+        self.down_proj = nn.Linear(cfg.d_mlp, cfg.d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm layer of the shared block."""
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.ln1 = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.ln2 = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.mlp = SwiGLU(cfg)
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], layout: Layout, hooks: LayerHooks, memory: KeyValue | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValue]:
+        x = hooks.hook_resid_pre(x)
+        attn_out, made = self.attn(self.ln1(x), x, layout, hooks.attn, memory)
+        x = hooks.hook_resid_mid(x + attn_out)
+        return hooks.hook_resid_post(x + self.mlp(self.ln2(x))), made

@@ -1,0 +1,224 @@
+"""What can be read from a state, freed from the basis it is written in: translators fitted on `fit` documents.
+
+A translator puts an affine map before the model's frozen norm N and head. Two kinds, all trained alike:
+
+- exits, one per loop r = 0..R: `Y_r + s * (A h + c)`, h the standardised N(Y_r) and s the RMS of Y_r. It starts at the
+  model's own exit (A = 0, c = 0), so what it gains is content that the exit misses for its basis.
+- carries, two per loop r = 2..R: `s * (A h + c)`, h the standardised Z_{r-1} of the token itself, or that which the offset
+  hands over. Both start from the mean state, knowing nothing of the token.
+
+Training is streamed: states are recorded again in every pass and never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loopdiag.measures.reduce import at_least_float32, over_tokens
+from loopdiag.model.decoder import shift
+from loopdiag.trace import LoopTrace
+
+RIDGES = (1e-4, 1e-3, 1e-2)
+PASSES = 4
+LEARNING_RATE = 1e-2
+TOKENS_PER_UPDATE = 512
+
+
+class Sourced(Protocol):
+    """A document that knows which cluster it belongs to."""
+
+    source: str
+
+
+DocumentT = TypeVar("DocumentT", bound=Sourced)
+TracesOf = Callable[[Sequence[DocumentT]], Iterable[LoopTrace]]
+Named = tuple[str, int]  # kind ("exit", "carry", "shifted") and loop
+
+
+def _inputs(trace: LoopTrace) -> Iterator[tuple[Named, Tensor, Tensor | None]]:
+    """Each translator's name, its input [document, pos, d_model], and for exits the state it is added to."""
+    for loop in range(trace.n_loops + 1):
+        yield ("exit", loop), trace.readout[loop], trace.raw[loop]
+    for loop in range(2, trace.n_loops + 1):
+        yield ("carry", loop), trace.carry[loop - 1], None
+        yield ("shifted", loop), shift(trace.carry[loop - 1], max(1, trace.offset), trace.mask), None
+
+
+class Translator(nn.Module):
+    """An affine map on standardised inputs; see the module's text."""
+
+    def __init__(self, mean: Tensor, std: Tensor, scale: Tensor, adds: bool) -> None:
+        super().__init__()
+        self.mean, self.std, self.scale = mean, std, scale
+        self.A = nn.Parameter(torch.zeros(len(mean), len(mean), device=mean.device))
+        self.c = nn.Parameter(torch.zeros_like(mean) if adds else mean / scale)
+
+    def forward(self, x: Float[Tensor, "token d_model"], state: Tensor | None) -> Float[Tensor, "token d_model"]:
+        moved = self.scale * (F.linear((x - self.mean) / self.std, self.A) + self.c)
+        return moved if state is None else state + moved
+
+
+@dataclass(frozen=True)
+class Readouts:
+    """Fitted translators of one model and run.
+
+    Attributes:
+        translators: By kind and loop.
+        ridge: Weight of ||A||^2 in the loss (nats), chosen by folds within the fitted documents, one for all.
+    """
+
+    translators: dict[Named, Translator]
+    ridge: float
+
+    def measure(self, trace: LoopTrace) -> dict[str, Float[Tensor, "document loop"]]:
+        """`nll_usable` (loops 0..R) and `withheld` (loops 2..R, NaN before), in nats per token.
+
+        `nll_usable(r)`: NLL of the next token through the exit translator of loop r. `withheld(r)`: how much worse the
+        next token can be read from the carry that the offset hands to loop r than from the token's own, each alone.
+        For a model without an offset, that of an offset of one token.
+        """
+        predicts = trace.predicts
+        nll = {
+            name: over_tokens(_losses(self.translators[name], trace, x, state)[None], predicts)
+            for name, x, state in _inputs(trace)
+        }
+        undefined = torch.full_like(nll["exit", 0], float("nan"))
+        loops = range(2, trace.n_loops + 1)
+        withheld = [nll["shifted", loop] - nll["carry", loop] for loop in loops]
+        return {
+            "nll_usable": torch.cat([nll["exit", loop] for loop in range(trace.n_loops + 1)], dim=1),
+            "withheld": torch.cat([undefined, undefined, *withheld], dim=1),
+        }
+
+
+def fit_readouts(
+    documents: Sequence[DocumentT], traces_of: TracesOf[DocumentT], *, folds: int = 2, ridges: Sequence[float] = RIDGES
+) -> Readouts:
+    """Fit the translators on `documents`.
+
+    The ridge is the one with the least held-out NLL of the exits, summed over loops, over `folds` folds by source.
+
+    Args:
+        documents: What to fit on; documents of one source stay in one fold.
+        traces_of: Records documents; called once for every pass.
+        folds: Folds of the choice of ridge.
+        ridges: What to choose from.
+
+    Raises:
+        ValueError: Fewer sources than folds.
+    """
+    sources = sorted({document.source for document in documents})
+    if len(sources) < folds:
+        raise ValueError(f"fit_readouts needs documents of at least {folds} sources, and was given {len(sources)}.")
+    fold_of = {source: index % folds for index, source in enumerate(sources)}
+    losses = dict.fromkeys(ridges, 0.0)
+    for fold in range(folds) if len(ridges) > 1 else ():
+        inside = [document for document in documents if fold_of[document.source] != fold]
+        outside = [document for document in documents if fold_of[document.source] == fold]
+        fitted = _fit(inside, traces_of, ridges, kinds=("exit",))
+        for trace in traces_of(outside):
+            for ridge, translators in fitted.items():
+                losses[ridge] += _held_out(translators, trace)
+    ridge = min(ridges, key=losses.__getitem__)
+    return Readouts(_fit(documents, traces_of, [ridge])[ridge], ridge)
+
+
+def _held_out(translators: dict[Named, Translator], trace: LoopTrace) -> float:
+    """Sum of the losses of all tokens, over the exits."""
+    given = ((name, x, state) for name, x, state in _inputs(trace) if name in translators)
+    return sum(float(_losses(translators[name], trace, x, state).sum()) for name, x, state in given)
+
+
+def _fit(
+    documents: Sequence[DocumentT],
+    traces_of: TracesOf[DocumentT],
+    ridges: Sequence[float],
+    kinds: Sequence[str] = ("exit", "carry", "shifted"),
+) -> dict[float, dict[Named, Translator]]:
+    """Translators for each ridge: Adam on the mean NLL plus ridge * ||A||^2, its rate falling linearly to 0."""
+    moments, tokens = _moments(traces_of(documents), kinds)
+    fitted = {ridge: {name: Translator(*moments[name], adds=name[0] == "exit") for name in moments} for ridge in ridges}
+    every = [translator for translators in fitted.values() for translator in translators.values()]
+    optimizer = torch.optim.Adam([p for translator in every for p in translator.parameters()], lr=LEARNING_RATE)
+    seen = 0
+    for _ in range(PASSES):
+        for trace in traces_of(documents):
+            for part in _parts(trace):
+                for ridge, translators in fitted.items():
+                    for name, x, state in _inputs(trace):
+                        if name in translators:
+                            _descend(translators[name], trace, x, state, part, ridge)
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - seen / (PASSES * tokens))
+                optimizer.step()
+                seen += int(part.sum())
+    return fitted
+
+
+def _moments(
+    traces: Iterable[LoopTrace], kinds: Sequence[str]
+) -> tuple[dict[Named, tuple[Tensor, Tensor, Tensor]], int]:
+    """Mean, standard deviation and scale of every input over the tokens that predict, and how many these are."""
+    sums: dict[Named, list[Tensor]] = {}
+    tokens = 0
+    for trace in traces:
+        predicts = trace.predicts
+        tokens += int(predicts.sum())
+        for name, x, state in _inputs(trace):
+            if name[0] in kinds:
+                h, scaled = x[predicts].double(), (x if state is None else state)[predicts].double()
+                new = [h.sum(0), h.square().sum(0), scaled.square().mean(1).sum()]
+                sums[name] = [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
+    moments = {}
+    for name, (total, squares, power) in sums.items():
+        mean = total / tokens
+        std = (squares / tokens - mean.square()).clamp_min(1e-12).sqrt()
+        moments[name] = (mean.float(), std.float(), (power / tokens).sqrt().float())
+    return moments, tokens
+
+
+def _parts(trace: LoopTrace) -> Iterator[Tensor]:
+    """Masks [document, pos] that deal the predicting tokens of a trace into updates."""
+    places = trace.predicts.nonzero()
+    for rows in places.split(TOKENS_PER_UPDATE):
+        part = torch.zeros_like(trace.predicts)
+        part[rows[:, 0], rows[:, 1]] = True
+        yield part
+
+
+def _descend(
+    translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None, part: Tensor, ridge: float
+) -> None:
+    """Leave the gradient of one update in the translator; the model's own weights get none."""
+    with torch.enable_grad():
+        loss = _nll(translator, trace, x, state, part).mean() + ridge * translator.A.square().sum()
+        parameters = (translator.A, translator.c)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+
+
+def _nll(
+    translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None, kept: Tensor
+) -> Float[Tensor, " token"]:
+    """NLL of the next token at the kept places, read through a translator."""
+    if trace.head is None:
+        raise ValueError("Readouts need a trace with a head; give LoopTrace.from_states(..., head=...).")
+    targets = trace.input_ids.roll(-1, dims=1)[kept]
+    moved = translator(at_least_float32(x[kept]), None if state is None else at_least_float32(state[kept]))
+    logits = trace.head(trace.norm(moved.to(x.dtype)))
+    return F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+
+
+@torch.no_grad()
+def _losses(translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None) -> Float[Tensor, "document pos"]:
+    """NLL of every predicting token, 0 elsewhere; the vocabulary is processed in blocks of tokens."""
+    losses = torch.zeros(trace.mask.shape, device=x.device)
+    for part in _parts(trace):
+        losses[part] = _nll(translator, trace, x, state, part).to(losses.dtype)
+    return losses

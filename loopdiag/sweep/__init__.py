@@ -1,0 +1,1 @@
+"""Training looped models from scratch: the text, the trainer, the bundled family."""

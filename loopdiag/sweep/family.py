@@ -1,0 +1,151 @@
+"""The bundled family: models that differ in nothing but the loop count, trained on Python source.
+
+    python -m loopdiag.sweep.family [--work build/family]
+
+prepares text and tokenizer, trains each model (a stopped run goes on where it was), and writes the bundled
+documents and models into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from loopdiag.model.config import LoopedConfig
+from loopdiag.model.loading import BUNDLED, save
+from loopdiag.sweep import sources
+from loopdiag.sweep.training import Recipe, train
+
+DOCUMENTS = BUNDLED.parents[1] / "corpus" / "bundled"
+END = "<|endoftext|>"
+LOOPS = (1, 2, 3, 4)
+RECIPE = Recipe(tokens=10_485_760)
+CHARACTERS_PER_PACKAGE = 2_500_000
+DOCUMENTS_PER_PACKAGE, CHARACTERS_PER_DOCUMENT = 5, 2000
+
+
+def config(n_loops: int) -> LoopedConfig:
+    """The family's member with `n_loops` loops: LoopCoder-V2's settings at toy size."""
+    return LoopedConfig(
+        vocab_size=2048,
+        d_model=128,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=32,
+        d_mlp=384,
+        n_ctx=RECIPE.sequence,
+        n_loops=n_loops,
+        window=33,
+    )
+
+
+def held_out_documents() -> list[dict[str, str]]:
+    """Excerpts of packages that no training file comes from; whole packages go to one half of the split."""
+    documents = []
+    for number, package in enumerate(sources.HELD_OUT_PACKAGES):
+        pieces = (
+            (file, sources.excerpt(file, CHARACTERS_PER_DOCUMENT))
+            for file in sorted(sources.package_files(package), key=lambda file: file.key)
+        )
+        kept = [(file, text) for file, text in pieces if text][:DOCUMENTS_PER_PACKAGE]
+        _, licence, _ = sources.licence(package)
+        documents += [
+            {
+                "name": f"{package}/{file.path}",
+                "source": package,
+                "split": ("fit", "report")[number % 2],
+                "licence": licence,
+                "text": text,
+            }
+            for file, text in kept
+        ]
+    return documents
+
+
+def notice() -> str:
+    """The licences under which the bundled documents are passed on."""
+    parts = [
+        "# Licences of the bundled documents",
+        "",
+        "`documents.jsonl` holds excerpts of Python files of the packages below, unchanged but for their length. Each remains under",
+        "its own licence, whose text follows.",
+    ]
+    for package in sources.HELD_OUT_PACKAGES:
+        distribution, licence, text = sources.licence(package)
+        parts += ["", f"## {package} ({distribution}): {licence}", "", "```", text.strip().replace("```", "'''"), "```"]
+    return "\n".join(parts) + "\n"
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; token 0 ends a file."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=RECIPE.sequence
+    )
+
+
+def prepare(work: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray]:
+    """Tokenizer, training stream and held-out rows; made once, then read back from `work`."""
+    tokens = work / "tokens.npz"
+    if not tokens.is_file():
+        documents = held_out_documents()
+        training = sources.training_files([document["text"] for document in documents], CHARACTERS_PER_PACKAGE)
+        tokenizer = train_tokenizer([file.text for file in training[::4]], config(1).vocab_size)
+        encoded = tokenizer([file.text for file in training], verbose=False)["input_ids"]
+        lengths = np.cumsum([len(ids) + 1 for ids in encoded])
+        used = int(np.searchsorted(lengths, RECIPE.tokens)) + 1
+        stream = np.concatenate([np.array([*ids, 0], dtype=np.uint16) for ids in encoded[:used]])
+        held_out = [tokenizer(document["text"], verbose=False)["input_ids"] for document in documents]
+        if min(map(len, held_out)) < RECIPE.sequence:
+            raise RuntimeError("A held-out document is shorter than a training sequence.")
+        work.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(work / "tokenizer")
+        (work / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+        packages = sorted({file.package for file in training[:used]})
+        facts = {"training_files": used, "training_packages": {name: sources.licence(name)[:2] for name in packages}}
+        (work / "data.json").write_text(json.dumps(facts, indent=1))
+        partial = work / "tokens.partial.npz"
+        np.savez(
+            partial, stream=stream, held_out=np.array([ids[: RECIPE.sequence] for ids in held_out], dtype=np.uint16)
+        )
+        os.replace(partial, tokens)
+    with np.load(tokens) as stored:
+        return PreTrainedTokenizerFast.from_pretrained(work / "tokenizer"), stored["stream"], stored["held_out"]
+
+
+def main() -> None:
+    """Make the family."""
+    parser = argparse.ArgumentParser(description="Train the bundled models again.")
+    parser.add_argument("--work", type=Path, default=Path("build/family"), help="checkpoints and prepared text")
+    parser.add_argument("--loops", type=int, nargs="+", default=LOOPS, help="members to train")
+    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (slower)")
+    arguments = parser.parse_args()
+    tokenizer, stream, held_out = prepare(arguments.work)
+    recipe = replace(RECIPE, compile=not arguments.no_compile)
+    for n_loops in arguments.loops:
+        model = train(config(n_loops), recipe, stream, held_out, arguments.work / f"plt-{n_loops}")
+        model.tokenizer = tokenizer
+        save(model, BUNDLED / f"tiny-plt-{n_loops}", dtype="bfloat16")
+
+
+if __name__ == "__main__":
+    main()
