@@ -33,11 +33,21 @@ _ROOMS = ("corpus", "measures", "plots")
 __all__ = [*_PUBLIC, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
-    from loopdiag import corpus, measures, plots
-    from loopdiag.diagnosis import Diagnosis, diagnose
-    from loopdiag.gaincost import GainCost, Recommendation, gain_cost, recommend
-    from loopdiag.model import LoopedConfig, LoopedLM, bundled_models, load
-    from loopdiag.trace import LoopTrace, record
+    from loopdiag import corpus as corpus
+    from loopdiag import measures as measures
+    from loopdiag import plots as plots
+    from loopdiag.diagnosis import Diagnosis as Diagnosis
+    from loopdiag.diagnosis import diagnose as diagnose
+    from loopdiag.gaincost import GainCost as GainCost
+    from loopdiag.gaincost import Recommendation as Recommendation
+    from loopdiag.gaincost import gain_cost as gain_cost
+    from loopdiag.gaincost import recommend as recommend
+    from loopdiag.model import LoopedConfig as LoopedConfig
+    from loopdiag.model import LoopedLM as LoopedLM
+    from loopdiag.model import bundled_models as bundled_models
+    from loopdiag.model import load as load
+    from loopdiag.trace import LoopTrace as LoopTrace
+    from loopdiag.trace import record as record
 
 
 def __getattr__(name: str) -> Any:

@@ -6,14 +6,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -246,15 +245,16 @@ class Run:
         if self.documents:
             text = text.take(self.documents)
 
-        import torch
+        with nullcontext() if self.quiet else stderr.status("loading the model"):
+            import torch
 
-        from loopdiag import diagnosis
-        from loopdiag.model.loading import load
+            from loopdiag import diagnosis
+            from loopdiag.model.loading import load
 
-        if self.device == Device.cuda and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no GPU here. Use --device cpu or auto.")
-        device = "cuda" if self.device != Device.cpu and torch.cuda.is_available() else "cpu"
-        net = load(self.model, n_loops=self.loops, dtype=self.dtype.value, device=device, revision=self.revision)
+            if self.device == Device.cuda and not torch.cuda.is_available():
+                raise InputError("--device cuda: torch sees no GPU here. Use --device cpu or auto.")
+            device = "cuda" if self.device != Device.cpu and torch.cuda.is_available() else "cpu"
+            net = load(self.model, n_loops=self.loops, dtype=self.dtype.value, device=device, revision=self.revision)
         with _progress(self.quiet) as progress:
             made = diagnosis.diagnose(
                 net,
@@ -347,13 +347,17 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
     beyond = ", the loops with a star beyond training" if told["run_loops"] > told["trained_loops"] else ""
     table = Table(
         title=f"{told['model']}: trained with {told['trained_loops']} loops, run with {told['run_loops']}{beyond}",
-        caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of {told['provenance']['corpus']}. "
+        caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus "
+        f"{told['provenance']['corpus']}. "
         "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        box=None,  # at three digits the columns just fit into 80 characters
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
     )
-    for heading in ("loop", "exit NLL [95 %]", "gain", "cost", "cost/gain", "usable", "rank", "cos (ref.)"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("loop", "exit NLL \\[95 %]", "gain", "cost", "cost/\ngain", "usable\nNLL", "eff.\nrank", "cos (ref.)"):
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for row in told["loops"]:
         ratio = row["cost"] / row["gain"] if row["gain"] else None
         cos = "" if row["cos_update"] is None else f"{row['cos_update']:.2f} ({row['cos_reference']:.2f})"
@@ -370,7 +374,8 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
     lines = [
         f"Run this checkpoint with how many loops? (measured)  {run}",
         f"    support  {support}",
-        f"    price    {recommendation.price:g} nats per token and extra loop; break-even: {describe(recommendation.break_even)}",
+        f"    price    {recommendation.price:g} nats per token and extra loop",
+        f"    break-even prices: {describe(recommendation.break_even)}",
         "Train with how many loops? (predicted, provisional: the combination is not backtested)  "
         f"{recommendation.predicted_training_loops or 'no lens has an opinion'}",
     ]

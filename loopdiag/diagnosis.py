@@ -23,7 +23,7 @@ from loopdiag.corpus import Corpus, TokenDocument, batches, tokenize
 from loopdiag.errors import InputError
 from loopdiag.measures import attention, diversity, motion, offset, prediction
 from loopdiag.model.decoder import LoopedLM
-from loopdiag.readouts import fit_readouts
+from loopdiag.readouts import RECORDINGS, fit_readouts
 from loopdiag.trace import LoopTrace, record
 
 SCHEMA = 1
@@ -89,7 +89,8 @@ class Diagnosis:
     def __repr__(self) -> str:
         about = self.provenance
         return (
-            f"Diagnosis of {about['model']} (trained with {about['trained_loops']} loops, run with {about['run_loops']}): "
+            f"Diagnosis of {about['model']} "
+            f"(trained with {about['trained_loops']} loops, run with {about['run_loops']}): "
             f"{about['documents']} documents of {about['corpus']}, {about['tokens']:,} tokens, "
             f"{len(self.data.data_vars)} measures"
         )
@@ -148,7 +149,7 @@ def diagnose(
         batch_size: Documents of a batch.
         seed: Order of the `fit` documents.
         readouts: Fit the translators behind `nll_usable` and `withheld`, the slowest part; NaN without.
-        progress: Called with (what is done, documents done, documents in all).
+        progress: Called with (what is being done, documents done, of how many; fitting counts each several times).
 
     Raises:
         ValueError: `n_loops` below 1.
@@ -165,19 +166,21 @@ def diagnose(
     rank_tokens = matched_tokens(report)
     tell = progress or (lambda what, done, of: None)
 
-    def traces(documents: Sequence[TokenDocument], what: str) -> Iterator[LoopTrace]:
-        done = 0
+    done = {"fitting readouts": 0, "measuring": 0}
+
+    def traces(documents: Sequence[TokenDocument], what: str, of: int) -> Iterator[LoopTrace]:
         for batch in batches(documents, batch_size):
             yield record(model, batch, n_loops)
-            done += len(batch.names)
-            tell(what, done, len(documents))
+            done[what] += len(batch.names)
+            tell(what, done[what], of)
 
     fitted = None
     if readouts:
         order = np.random.default_rng(seed).permutation(len(fit))
-        fitted = fit_readouts([fit[index] for index in order], partial(traces, what="fitting readouts"))
+        recorded = partial(traces, what="fitting readouts", of=RECORDINGS * len(fit))
+        fitted = fit_readouts([fit[index] for index in order], recorded)
     parts = []
-    for trace in traces(report, "measuring"):
+    for trace in traces(report, "measuring", len(report)):
         parts.append(measure(trace, rank_tokens) | (fitted.measure(trace) if fitted else {}))
     provenance = {
         "schema": SCHEMA,
@@ -195,7 +198,9 @@ def diagnose(
         "tokens": sum(len(document.input_ids) - 1 for document in report),
         "max_tokens": max_tokens or longest,
         "rank_tokens": rank_tokens,
-        "ridge": fitted.ridge if fitted else None,
+        "ridges": {f"{kind} {loop}": ridge for (kind, loop), ridge in sorted(fitted.ridges.items())}
+        if fitted
+        else None,
         "seed": seed,
         "batch_size": batch_size,
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),

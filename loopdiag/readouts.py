@@ -4,14 +4,15 @@ A translator puts an affine map before the model's frozen norm N and head. Two k
 
 - exits, one per loop r = 0..R: `Y_r + s * (A h + c)`, h the standardised N(Y_r) and s the RMS of Y_r. It starts at the
   model's own exit (A = 0, c = 0), so what it gains is content that the exit misses for its basis.
-- carries, two per loop r = 2..R: `s * (A h + c)`, h the standardised Z_{r-1} of the token itself, or that which the offset
-  hands over. Both start from the mean state, knowing nothing of the token.
+- carries, two per loop r = 2..R: `s * (A h + c)`, h the standardised Z_{r-1} of the token itself, or the one that the
+  offset hands over. Both start from the mean state, knowing nothing of the token.
 
 Training is streamed: states are recorded again in every pass and never kept.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -25,8 +26,12 @@ from loopdiag.measures.reduce import at_least_float32, over_tokens
 from loopdiag.model.decoder import shift
 from loopdiag.trace import LoopTrace
 
-RIDGES = (1e-4, 1e-3, 1e-2)
-PASSES = 4
+RIDGES = (1e-2, 1e-1, 1.0)
+PASSES = 2
+FOLDS = 2
+# How often fitting records each document: a pass for the moments and PASSES to learn, for all folds but the one that
+# holds it out and once in the end; and one pass where it is held out.
+RECORDINGS = FOLDS * (1 + PASSES) + 1
 LEARNING_RATE = 1e-2
 TOKENS_PER_UPDATE = 512
 
@@ -71,11 +76,11 @@ class Readouts:
 
     Attributes:
         translators: By kind and loop.
-        ridge: Weight of ||A||^2 in the loss (nats), chosen by folds within the fitted documents, one for all.
+        ridges: Weight of ||A||^2 in each translator's loss (nats), chosen by folds within the fitted documents.
     """
 
     translators: dict[Named, Translator]
-    ridge: float
+    ridges: dict[Named, float]
 
     def measure(self, trace: LoopTrace) -> dict[str, Float[Tensor, "document loop"]]:
         """`nll_usable` (loops 0..R) and `withheld` (loops 2..R, NaN before), in nats per token.
@@ -99,71 +104,64 @@ class Readouts:
 
 
 def fit_readouts(
-    documents: Sequence[DocumentT], traces_of: TracesOf[DocumentT], *, folds: int = 2, ridges: Sequence[float] = RIDGES
+    documents: Sequence[DocumentT], traces_of: TracesOf[DocumentT], *, ridges: Sequence[float] = RIDGES
 ) -> Readouts:
     """Fit the translators on `documents`.
 
-    The ridge is the one with the least held-out NLL of the exits, summed over loops, over `folds` folds by source.
+    Each translator's ridge is the one with the least held-out NLL over folds by source, all within `documents`.
 
     Args:
         documents: What to fit on; documents of one source stay in one fold.
         traces_of: Records documents; called once for every pass.
-        folds: Folds of the choice of ridge.
         ridges: What to choose from.
 
     Raises:
-        ValueError: Fewer sources than folds.
+        ValueError: Documents of one source only, which cannot be dealt into folds.
     """
     sources = sorted({document.source for document in documents})
-    if len(sources) < folds:
-        raise ValueError(f"fit_readouts needs documents of at least {folds} sources, and was given {len(sources)}.")
-    fold_of = {source: index % folds for index, source in enumerate(sources)}
-    losses = dict.fromkeys(ridges, 0.0)
-    for fold in range(folds) if len(ridges) > 1 else ():
+    if len(sources) < FOLDS:
+        raise ValueError(f"fit_readouts needs documents of at least {FOLDS} sources, and was given {len(sources)}.")
+    fold_of = {source: index % FOLDS for index, source in enumerate(sources)}
+    losses: defaultdict[tuple[Named, float], float] = defaultdict(float)
+    for fold in range(FOLDS):
         inside = [document for document in documents if fold_of[document.source] != fold]
         outside = [document for document in documents if fold_of[document.source] == fold]
-        fitted = _fit(inside, traces_of, ridges, kinds=("exit",))
+        fitted = _fit(inside, traces_of, lambda name: ridges)
         for trace in traces_of(outside):
-            for ridge, translators in fitted.items():
-                losses[ridge] += _held_out(translators, trace)
-    ridge = min(ridges, key=losses.__getitem__)
-    return Readouts(_fit(documents, traces_of, [ridge])[ridge], ridge)
-
-
-def _held_out(translators: dict[Named, Translator], trace: LoopTrace) -> float:
-    """Sum of the losses of all tokens, over the exits."""
-    given = ((name, x, state) for name, x, state in _inputs(trace) if name in translators)
-    return sum(float(_losses(translators[name], trace, x, state).sum()) for name, x, state in given)
+            for name, x, state in _inputs(trace):
+                for ridge in ridges:
+                    losses[name, ridge] += float(_losses(fitted[name, ridge], trace, x, state).sum())
+    names = {name for name, _ in losses}
+    best = {name: min(ridges, key=lambda ridge: losses[name, ridge]) for name in names}
+    fitted = _fit(documents, traces_of, lambda name: (best[name],))
+    return Readouts({name: fitted[name, best[name]] for name in best}, best)
 
 
 def _fit(
-    documents: Sequence[DocumentT],
-    traces_of: TracesOf[DocumentT],
-    ridges: Sequence[float],
-    kinds: Sequence[str] = ("exit", "carry", "shifted"),
-) -> dict[float, dict[Named, Translator]]:
-    """Translators for each ridge: Adam on the mean NLL plus ridge * ||A||^2, its rate falling linearly to 0."""
-    moments, tokens = _moments(traces_of(documents), kinds)
-    fitted = {ridge: {name: Translator(*moments[name], adds=name[0] == "exit") for name in moments} for ridge in ridges}
-    every = [translator for translators in fitted.values() for translator in translators.values()]
-    optimizer = torch.optim.Adam([p for translator in every for p in translator.parameters()], lr=LEARNING_RATE)
+    documents: Sequence[DocumentT], traces_of: TracesOf[DocumentT], ridges_of: Callable[[Named], Sequence[float]]
+) -> dict[tuple[Named, float], Translator]:
+    """A translator for each input and ridge: Adam on the mean NLL plus ridge * ||A||^2, its rate falling to 0."""
+    moments, tokens = _moments(traces_of(documents))
+    fitted = {
+        (name, ridge): Translator(*moments[name], adds=name[0] == "exit")
+        for name in moments
+        for ridge in ridges_of(name)
+    }
+    optimizer = torch.optim.Adam([p for translator in fitted.values() for p in translator.parameters()])
     seen = 0
     for _ in range(PASSES):
         for trace in traces_of(documents):
             for part in _parts(trace):
-                for ridge, translators in fitted.items():
-                    for name, x, state in _inputs(trace):
-                        if name in translators:
-                            _descend(translators[name], trace, x, state, part, ridge)
+                for name, x, state in _inputs(trace):
+                    for ridge in ridges_of(name):
+                        _descend(fitted[name, ridge], trace, x, state, part, ridge)
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - seen / (PASSES * tokens))
                 optimizer.step()
                 seen += int(part.sum())
     return fitted
 
 
-def _moments(
-    traces: Iterable[LoopTrace], kinds: Sequence[str]
-) -> tuple[dict[Named, tuple[Tensor, Tensor, Tensor]], int]:
+def _moments(traces: Iterable[LoopTrace]) -> tuple[dict[Named, tuple[Tensor, Tensor, Tensor]], int]:
     """Mean, standard deviation and scale of every input over the tokens that predict, and how many these are."""
     sums: dict[Named, list[Tensor]] = {}
     tokens = 0
@@ -171,10 +169,9 @@ def _moments(
         predicts = trace.predicts
         tokens += int(predicts.sum())
         for name, x, state in _inputs(trace):
-            if name[0] in kinds:
-                h, scaled = x[predicts].double(), (x if state is None else state)[predicts].double()
-                new = [h.sum(0), h.square().sum(0), scaled.square().mean(1).sum()]
-                sums[name] = [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
+            h, scaled = x[predicts].double(), (x if state is None else state)[predicts].double()
+            new = [h.sum(0), h.square().sum(0), scaled.square().mean(1).sum()]
+            sums[name] = [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
     moments = {}
     for name, (total, squares, power) in sums.items():
         mean = total / tokens

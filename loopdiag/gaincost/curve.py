@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.gaincost.bootstrap import interval, resampled_means
 
 PerLoop = Float[np.ndarray, " loop"]
 
@@ -27,8 +27,8 @@ class GainCost:
     """The gain-cost curve of one checkpoint, loops 1..R, in nats per token.
 
     With d the change of a token's NLL from exit r-1 to exit r: gain is the mean of max(0, -d), cost of max(0, d), and
-    net = gain - cost = nll_exit(r-1) - nll_exit(r). Loop 1 starts from the embedding and does not belong on one axis with
-    the others.
+    net = gain - cost = nll_exit(r-1) - nll_exit(r). Loop 1 starts from the embedding and does not belong on one axis
+    with the others.
 
     Attributes:
         model: Which model.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from loopdiag.bootstrap import resampled_means
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.gaincost.bootstrap import resampled_means
 
 PRICE = 0.01
 CONTENDER = 0.10
@@ -72,16 +73,17 @@ class Recommendation:
         return (
             f"Run {self.model} (trained with {self.trained_loops}) with how many loops? Measured: {run}.\n"
             f"Break-even: {describe(self.break_even)}.\n"
-            f"Train with how many loops? Predicted, not backtested: {self.predicted_training_loops or 'no answer'} ({lenses})."
+            "Train with how many loops? Predicted, not backtested: "
+            f"{self.predicted_training_loops or 'no answer'} ({lenses})."
         )
 
 
 def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> Recommendation:
     """Recommend loop counts from a diagnosis.
 
-    Question 1 is measured: utility(r) = -nll_exit(r) - price * (r - 1); the smallest r within one standard error of the best,
-    the error being that of the paired difference to the best. Undetermined when no r is picked in half of the resamples, or
-    when the data leave room (95 %) for another count to be better than the pick by more than the price.
+    Question 1 is measured: utility(r) = -nll_exit(r) - price * (r - 1); the smallest r within one standard error of the
+    best, the error being that of the paired difference to the best. Undetermined when no r is picked in half of the
+    resamples, or when the data leave room (95 %) for another count to be better than the pick by more than the price.
 
     Question 2 is a prediction from the lenses: the lower median of their picks.
 
@@ -149,7 +151,10 @@ def _doubt(
     room[picked] = -np.inf
     rival = int(room.argmax())
     if room[rival] > price:
-        return f"{loops[rival]} loops could be better than {loops[picked]} by {room[rival]:.3f} nats per token, more than the price"
+        return (
+            f"{loops[rival]} loops could be better than {loops[picked]} by {room[rival]:.3f} nats per token, "
+            "more than the price"
+        )
     return ""
 
 
@@ -183,7 +188,7 @@ def describe(steps: tuple[BreakEven, ...]) -> str:
     )
 
 
-# -- lenses: each reads loops 0..R (NaN where undefined) and says how many loops a family like this should train with ----
+# -- lenses: each reads loops 0..R (NaN where undefined) and says how many loops a family like this should train with
 
 
 def cost_gain(gain: PerLoop, cost: PerLoop) -> int | None:
@@ -204,14 +209,14 @@ def rank_peak(effective_rank: PerLoop) -> int | None:
 def paper_rule(effective_rank: PerLoop) -> int | None:
     """Loop on while effective rank rises, stop at its first fall (arXiv 2606.18023)."""
     known = [loop for loop in range(1, len(effective_rank)) if not np.isnan(effective_rank[loop])]
-    for loop, following in zip(known, known[1:], strict=False):
+    for loop, following in pairwise(known):
         if effective_rank[following] < effective_rank[loop]:
             return loop
     return known[-1] if known else None
 
 
 def shift_knee(output_shift: PerLoop) -> int | None:
-    """The loop after which the output shift falls by the largest factor, loops 2..R; the last loop if it never falls."""
+    """The loop after which the output shift falls by the largest factor, of 2..R; the last loop if it never falls."""
     shift = output_shift[2:]
     if len(shift) < 2 or np.isnan(shift).any():
         return None
@@ -229,7 +234,7 @@ _LENS_INPUTS = sorted({name for _, needed in LENSES.values() for name in needed}
 
 
 def lens_picks(curves: Mapping[str, PerLoop]) -> dict[str, int]:
-    """Each lens' pick from mean curves over loops 0..R; lenses without an opinion, or without their curve, are left out."""
+    """Each lens' pick from mean curves over loops 0..R; without an opinion, or its curve, a lens is left out."""
     picks = {
         name: lens(*(np.asarray(curves[curve], dtype=float) for curve in needed))
         for name, (lens, needed) in LENSES.items()

@@ -34,8 +34,8 @@ def effective_rank(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "
 def document_rank(trace: LoopTrace, tokens: int, centred: bool = False) -> Float[Tensor, "document loop"]:
     """Effective rank of the first `tokens` real tokens' N(Y) of each document, loops 0..R.
 
-    The rank is bounded by the number of tokens and grows with it, so documents and loops are compared at the same number.
-    NaN for documents with fewer real tokens.
+    The rank is bounded by the number of tokens and grows with it, so documents and loops are compared at the same
+    number. NaN for documents with fewer real tokens.
 
     Args:
         trace: The batch.

@@ -58,8 +58,8 @@ def cos_reference(trace: LoopTrace) -> PerLoop:
     """`cos_update` as it would be if the states of successive loops were unrelated.
 
     The three states of each turn are taken from tokens a third of the document apart, which keeps every loop's
-    norms and mean state and breaks what one token's states have to do with each other. For unrelated states of equal norm and no
-    mean it is -0.5, and -0.71 at loop 2 when the embedding is small. NaN at loops 0 and 1.
+    norms and mean state and breaks what one token's states have to do with each other. For unrelated states of equal
+    norm and no mean it is -0.5, and -0.71 at loop 2 when the embedding is small. NaN at loops 0 and 1.
     """
     y = at_least_float32(trace.raw)
     before, middle, after = y[:-2].clone(), y[1:-1].clone(), y[2:]

@@ -11,8 +11,8 @@ from loopdiag.trace import LoopTrace
 
 PerLoop = Float[Tensor, "document loop"]
 
-# Logits of this many entries (all loops together) exist at a time. On a CPU they should stay in its cache (four times as fast
-# as 2**26 on a vocabulary of 2,048); a GPU wants large blocks.
+# Logits of this many entries (all loops together) exist at a time. On a CPU they should stay in its cache (four times
+# as fast as 2**26 on a vocabulary of 2,048); a GPU wants large blocks.
 LOGITS_AT_A_TIME = {"cpu": 2**20}
 LOGITS_ELSEWHERE = 2**26
 
@@ -25,11 +25,12 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
     - `nll_exit`: -log p^(r)(next token), loops 0..R.
     - `rank`: median rank of the next token, 1 the best; tied tokens share their mean rank.
     - `entropy`: of p^(r).
-    - `output_shift`: KL(p^(r) || p^(r-1)), loops 1..R. Unsigned: a loop that moves the prediction to a worse one has it too.
+    - `output_shift`: KL(p^(r) || p^(r-1)), loops 1..R. Unsigned: a move to a worse prediction has it too.
     - `output_shift_reverse`: KL(p^(r-1) || p^(r)).
     - `output_shift_js`: Jensen-Shannon divergence of the two, at most log 2.
-    - `gain`, `cost`: with d the change of a token's NLL from exit r-1 to exit r, mean of max(0, -d), what loop r gives to the
-      tokens it helps, and of max(0, d), what it takes from those it harms. gain - cost = nll_exit(r-1) - nll_exit(r).
+    - `gain`, `cost`: with d the change of a token's NLL from exit r-1 to exit r, mean of max(0, -d), what loop r gives
+      to the tokens it helps, and of max(0, d), what it takes from those it harms. Their difference is
+      nll_exit(r-1) - nll_exit(r).
 
     Raises:
         ValueError: The trace has no head.

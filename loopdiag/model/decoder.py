@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import _GeneratorContextManager
 from numbers import Integral
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class LoopedLM(HookedRootModule):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear | nn.Embedding):
                 std = 0.05
-                if name not in ("embed", "head"):
+                if isinstance(module, nn.Linear) and name != "head":
                     std = module.in_features**-0.5 * (into_stream if name.endswith(("o_proj", "down_proj")) else 1.0)
                 # Drawn on the CPU, so that a seed means the same weights on every device.
                 module.weight.copy_(std * torch.randn(module.weight.shape, generator=generator))
@@ -184,8 +184,8 @@ class LoopedLM(HookedRootModule):
             )
         if attention_mask.is_floating_point():
             raise ValueError(
-                f"attention_mask has dtype {attention_mask.dtype}: it must be boolean or integer, 1 on tokens and 0 on padding "
-                "(additive masks mean the opposite)."
+                f"attention_mask has dtype {attention_mask.dtype}: it must be boolean or integer, 1 on tokens and 0 "
+                "on padding (additive masks mean the opposite)."
             )
         mask = attention_mask.bool()
         if mask.all():
@@ -204,7 +204,7 @@ class LoopedLM(HookedRootModule):
         bwd_hooks: list[tuple[str | Callable, Callable]] = [],  # noqa: B006
         *args: Any,
         **kwargs: Any,
-    ) -> AbstractContextManager:
+    ) -> _GeneratorContextManager:
         """As in TransformerLens; a name that is no hook point raises a KeyError that says the range."""
         self._check_names(name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str))
         return super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs)
@@ -281,7 +281,8 @@ class LoopedLM(HookedRootModule):
                 raise KeyError(
                     f"{name!r} is no hook point of this run. There are hook_embed and, for loops 1 to {n_loops} and "
                     f"layers 0 to {self.cfg.n_layers - 1}, names such as 'loops.1.blocks.0.hook_resid_post' and "
-                    "'loops.1.hook_out'; `model.hook_dict` lists them all. More loops: n_loops= or model.ensure_loops(n)."
+                    "'loops.1.hook_out'; `model.hook_dict` lists them all. More loops: n_loops= or "
+                    "model.ensure_loops(n)."
                 )
 
 

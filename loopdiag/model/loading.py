@@ -126,10 +126,10 @@ def read_config(folder: Path) -> tuple[LoopedConfig, Any]:
         raise LoadError(f"{folder} has no config.json: it is no model folder.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LoadError(f"{file} is not readable as JSON: {error}.") from None
-    family = FAMILIES.get(keys.get("model_type")) if isinstance(keys, dict) else None
-    if family is None:
-        given = keys.get("model_type") if isinstance(keys, dict) else keys
-        raise LoadError(f"{file}: model_type {given!r} is not supported; supported are {', '.join(FAMILIES)}.")
+    model_type = keys.get("model_type") if isinstance(keys, dict) else None
+    if model_type not in FAMILIES:
+        raise LoadError(f"{file}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}.")
+    family = FAMILIES[model_type]
     try:
         return family.read_config(keys), family
     except (ValueError, TypeError) as error:
@@ -163,7 +163,8 @@ def _read_weights(folder: Path, net: LoopedLM, names: dict[str, str]) -> dict[st
     missing, unexpected = sorted(set(names.values()) - set(held)), sorted(set(held) - set(names.values()))
     if missing or unexpected:
         raise LoadError(
-            f"{folder}: the weights do not fit config.json: missing {missing or 'none'}, unexpected {unexpected or 'none'}."
+            f"{folder}: the weights do not fit config.json: missing {missing or 'none'}, "
+            f"unexpected {unexpected or 'none'}."
         )
     expected = {ours: parameter.shape for ours, parameter in net.state_dict().items()}
     state: dict[str, Tensor] = {}

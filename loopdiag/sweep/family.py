@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +20,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from loopdiag.bootstrap import interval, resampled_means
+from loopdiag.corpus import bundled
+from loopdiag.diagnosis import diagnose
 from loopdiag.model.config import LoopedConfig
-from loopdiag.model.loading import BUNDLED, save
+from loopdiag.model.loading import BUNDLED, load, save
 from loopdiag.sweep import sources
 from loopdiag.sweep.training import Recipe, train
 
@@ -75,8 +80,8 @@ def notice() -> str:
     parts = [
         "# Licences of the bundled documents",
         "",
-        "`documents.jsonl` holds excerpts of Python files of the packages below, unchanged but for their length. Each remains under",
-        "its own licence, whose text follows.",
+        "`documents.jsonl` holds excerpts of Python files of the packages below, unchanged but for their length. Each",
+        "remains under its own licence, whose text follows.",
     ]
     for package in sources.HELD_OUT_PACKAGES:
         distribution, licence, text = sources.licence(package)
@@ -132,6 +137,81 @@ def prepare(work: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray
         return PreTrainedTokenizerFast.from_pretrained(work / "tokenizer"), stored["stream"], stored["held_out"]
 
 
+def card(work: Path) -> str:
+    """The family's model card: data, licences, budget, curves and held-out loss, all read off what is there."""
+    data = json.loads((work / "data.json").read_text())
+    logs = {n_loops: json.loads((work / f"plt-{n_loops}" / "log.json").read_text()) for n_loops in LOOPS}
+    report = bundled()
+    measured = {}
+    for n_loops in LOOPS:
+        model = load(f"tiny-plt-{n_loops}")
+        nll = diagnose(model, report, n_loops=max(LOOPS), readouts=False).data["nll_exit"]
+        draws = resampled_means(nll.values, nll["source"].values)
+        measured[n_loops] = (nll.values.mean(0), *interval(draws))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    own = [
+        (f"{n_loops}", f"{mean[n_loops]:.3f}", f"{low[n_loops]:.3f} to {high[n_loops]:.3f}")
+        for n_loops, (mean, low, high) in measured.items()
+    ]
+    elsewhere = [
+        (f"tiny-plt-{n_loops}", *(f"{value:.3f}" for value in mean[1:])) for n_loops, (mean, _, _) in measured.items()
+    ]
+    looks = {
+        n_loops: {entry["step"]: float(entry["eval_loss"]) for entry in log if "eval_loss" in entry}
+        for n_loops, log in logs.items()
+    }
+    curves = [
+        (f"{step * RECIPE.sequence * RECIPE.batch_size / 1e6:.1f}M", *(f"{looks[n][step]:.3f}" for n in LOOPS))
+        for step in looks[LOOPS[0]]
+    ]
+    packages = [tuple(facts) for facts in sorted({tuple(facts) for facts in data["training_packages"].values()})]
+    fit, shown = len(report.fit), len(report.report)
+    return f"""# tiny-plt-1 to tiny-plt-4
+
+Parallel Loop Transformers with 1 to 4 loops, trained from scratch by `make family` on Python source. They differ in
+nothing but the loop count: same tokenizer, initial weights, data order, seed and budget. They are made for looking at
+loops, not for writing code. This page is written by the command that trains them.
+
+- **Architecture**: LoopCoder-V2's settings at toy size: {parameters:,} parameters, {config(1).n_layers} layers, width
+  {config(1).d_model}, {config(1).n_heads} heads ({config(1).n_kv_heads} key/value), vocabulary {config(1).vocab_size},
+  context {config(1).n_ctx}, window {config(1).window}, offset 1, a = {config(1).embed_scale},
+  b = {config(1).carry_scale}.
+- **Budget**: {RECIPE.tokens:,} tokens each, seen once; AdamW, peak rate {RECIPE.learning_rate:g} for every loop count,
+  cosine schedule, batches of {RECIPE.batch_size} x {RECIPE.sequence} tokens, bfloat16 autocast, seed {RECIPE.seed}.
+- **Training text**: {data["training_files"]:,} Python files of the packages below, in hash order, tests and vendored
+  copies left out, and so is every file that shares five lines in a row with a held-out document.
+- **Held-out text**: {fit + shown} excerpts from packages that no training file came from, split by package: {fit} to
+  fit readouts, {shown} to report on (`loopdiag/corpus/bundled`, with licences).
+- **One training seed**: the intervals below are over documents and leave it out.
+
+## Held-out loss
+
+Nats per token on the report documents, cut at {config(1).n_ctx} tokens, with the trained loop count; 95 % bootstrap
+interval over documents, clustered by package.
+
+{_table(("loops", "NLL", "95 %"), own)}
+
+The same models stopped after each loop, or run beyond what they were trained with:
+
+{_table(("model", *(f"{loop} loops" for loop in LOOPS)), elsewhere)}
+
+## Curves
+
+Loss on all {fit + shown} held-out documents against training tokens.
+
+{_table(("tokens", *(f"{n_loops} loops" for n_loops in LOOPS)), curves)}
+
+## Packages that training files came from
+
+{_table(("package", "licence"), packages)}
+"""
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main() -> None:
     """Make the family."""
     parser = argparse.ArgumentParser(description="Train the bundled models again.")
@@ -145,6 +225,11 @@ def main() -> None:
         model = train(config(n_loops), recipe, stream, held_out, arguments.work / f"plt-{n_loops}")
         model.tokenizer = tokenizer
         save(model, BUNDLED / f"tiny-plt-{n_loops}", dtype="bfloat16")
+    DOCUMENTS.mkdir(exist_ok=True)
+    shutil.copy(arguments.work / "documents.jsonl", DOCUMENTS)
+    (DOCUMENTS / "NOTICE.md").write_text(notice(), encoding="utf-8")
+    if all((arguments.work / f"plt-{n_loops}" / "log.json").is_file() for n_loops in LOOPS):
+        (BUNDLED / "README.md").write_text(card(arguments.work), encoding="utf-8")
 
 
 if __name__ == "__main__":

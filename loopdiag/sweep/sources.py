@@ -53,7 +53,7 @@ def package_files(package: str) -> Iterator[SourceFile]:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             f"{package} is not installed here: the family is trained on the packages of the pinned environment; "
-            "`make install` brings it."
+            "`make test` brings it."
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     for file in sorted(root.rglob("*.py")):
@@ -106,7 +106,8 @@ def licence(package: str) -> tuple[str, str, str]:
     classifiers = [
         line.split("::")[-1].strip() for line in about.get_all("Classifier", []) if line.startswith("License")
     ]
-    stated = about.get("License-Expression") or "; ".join(classifiers) or (about.get("License") or "").split("\n")[0]
+    named = [*about.get_all("License-Expression", []), "; ".join(classifiers), *about.get_all("License", [])]
+    stated = next((line.split("\n")[0] for line in named if line), None)
     files = [file for file in distribution.files or [] if re.fullmatch(r"(LICEN[SC]E|COPYING)(\.\w+)?", file.name)]
     if not stated or not files:
         raise LookupError(f"{package} states no licence that could be bundled with its text.")

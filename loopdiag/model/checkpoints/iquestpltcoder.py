@@ -1,7 +1,8 @@
 """LoopCoder-V2, the released Parallel Loop Transformer (`Multilingual-Multimodal-NLP/LoopCoder-V2`).
 
 Semantics: the vendor's inference fork (vLLM), since the release holds no modeling code. Two public ports got them
-wrong: the shift is not in the fork's model file but in its runner, and a window of [64, 0] is 65 tokens, itself included.
+wrong: the shift is not in the fork's model file but in its runner, and a window of [64, 0] is 65 tokens, the token
+itself included.
 """
 
 from __future__ import annotations

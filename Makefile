@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.PHONY: demo test test-all lint figures family bench clean
+
+demo: $(BASE)  ## answer the question on the bundled model and documents
+	mkdir -p build/demo
+	$(BIN)/loopdiag recommend --figures build/demo/figures --json build/demo/answer.json --save build/demo/diagnosis.nc
+
+test: $(DEV)  ## the fast tests
+	$(BIN)/python -m pytest
+
+test-all: $(DEV)  ## every test
+	$(BIN)/python -m pytest -m ""
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+figures: $(BASE)  ## measure the bundled model and draw figures/ from the saved diagnosis
+	mkdir -p build
+	$(BIN)/loopdiag diagnose --save build/tiny-plt-4.nc
+	$(BIN)/loopdiag recommend build/tiny-plt-4.nc --figures figures
+
+family: $(DEV)  ## train the bundled models again (an hour on two cores; goes on where it stopped)
+	$(BIN)/python -m loopdiag.sweep.family
+
+bench: $(BASE)  ## cost of the hook points
+	$(BIN)/python benchmarks/hook_overhead.py
+
+$(BASE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $(BASE)
+
+$(DEV): $(BASE)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,notebooks]"
+	touch $(DEV)
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,39 @@
+"""Percentile bootstrap over documents, clustered by source and paired across loops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+DRAWS = 2000
+
+
+def resampled_means(
+    values: Float[np.ndarray, "document ..."], sources: Sequence[str] | np.ndarray, draws: int = DRAWS, seed: int = 0
+) -> Float[np.ndarray, "draw ..."]:
+    """Means over documents of bootstrap resamples of whole sources.
+
+    The same seed draws the same sources, so columns are paired, and so are calls. What the spread leaves out: the
+    training seed, and everything else that made the model.
+
+    Args:
+        values: One row per document; NaN stays NaN in its column.
+        sources: Each document's cluster.
+        draws: Resamples.
+        seed: Of the draws.
+    """
+    _, cluster = np.unique(np.asarray(sources), return_inverse=True)
+    n_clusters = int(cluster.max()) + 1
+    picks = np.random.default_rng(seed).multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=draws)
+    sums = np.zeros((n_clusters, *values.shape[1:]))
+    np.add.at(sums, cluster, values)
+    counts = picks @ np.bincount(cluster)
+    return np.tensordot(picks, sums, axes=1) / counts.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def interval(draws: Float[np.ndarray, "draw ..."]) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % percentile interval."""
+    low, high = np.percentile(draws, (2.5, 97.5), axis=0)
+    return low, high

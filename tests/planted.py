@@ -1,0 +1,144 @@
+"""Planted diagnoses: results in the form that `diagnose` gives them, with a truth that the test chose."""
+
+import json
+
+import numpy as np
+import xarray as xr
+
+from loopdiag.diagnosis import DEFINITIONS, SCHEMA, Diagnosis
+
+EMBEDDING_NLL = 12.0
+LAYERS, HEADS = 2, 4
+READOUTS = ("nll_usable", "withheld")
+
+# The first loop at which a measure is defined; 0 for those not named.
+FIRST_LOOP = {
+    **dict.fromkeys(("gain", "cost", "output_shift", "output_shift_reverse", "output_shift_js"), 1),
+    **dict.fromkeys(("step_size", "relative_step", "state_cosine"), 1),
+    **dict.fromkeys(("cos_update", "cos_reference", "withheld", "gate_mean"), 2),
+    **dict.fromkeys(("omega", "omega_relative", "omega_random"), 2),
+}
+
+
+def planted(nll, *, documents=64, noise=0.0, difficulty=0.5, seed=0, **form):
+    """A diagnosis drawn from a truth.
+
+    Args:
+        nll: True exit NLL of loops 1..R.
+        documents: Documents.
+        noise: Standard deviation of each document's NLL at each loop, independent between loops: two loops differ
+            with a paired error of noise * sqrt(2 / documents).
+        difficulty: Standard deviation of what a document adds to all its loops; large beside differences between
+            loops, as in real text, so that a comparison that is not paired sees nothing.
+        seed: Of both.
+        form: See `diagnosis_of`.
+    """
+    rng = np.random.default_rng(seed)
+    shared = difficulty * rng.standard_normal((documents, 1))
+    return diagnosis_of(np.asarray(nll) + shared + noise * rng.standard_normal((documents, len(nll))), **form)
+
+
+def diagnosis_of(nll, *, sources=None, trained_loops=None, churn=0.05, readouts=True, gated=True, curves=None):
+    """A diagnosis with exactly these NLLs.
+
+    Args:
+        nll: Exit NLL [document, loop], loops 1..R.
+        sources: Each document's cluster; each its own when None.
+        trained_loops: As in the provenance; R when None.
+        churn: Nats that a loop takes from some tokens and gives to others, beside its net; a number, or one per loop.
+        readouts: Whether `nll_usable` and `withheld` were measured.
+        gated: Whether the model has gates.
+        curves: Truth over loops 0..R of measures other than the NLL, gain and cost.
+    """
+    nll = np.asarray(nll, dtype=float)
+    documents, n_loops = nll.shape
+    nll = np.column_stack((np.full(documents, EMBEDDING_NLL), nll))
+    cost = np.maximum(0, np.diff(nll)) + churn
+    gain = cost - np.diff(nll)
+    undefined = np.full((documents, 1), np.nan)
+    values = {"nll_exit": nll, "gain": np.hstack((undefined, gain)), "cost": np.hstack((undefined, cost))}
+    # What documents differ by, in every measure but the NLL's; 1 on average, so that means are the truth.
+    scale = 1 + 0.1 * np.sin(np.arange(documents))
+    scale /= scale.mean()
+    truths = _truths(nll.mean(0)) | dict(curves or {})
+    for name, truth in truths.items():
+        values[name] = scale[:, None] * np.asarray(truth, dtype=float)
+    if gated:
+        values["gate_mean"] = (
+            values["gate_mean"][:, :, None, None] * np.linspace(0.9, 1.1, HEADS) * np.ones((LAYERS, 1))
+        )
+    left_out = (() if readouts else READOUTS) + (() if gated else ("gate_mean",))
+    names = [f"document {document}" for document in range(documents)]
+    return Diagnosis(
+        xr.Dataset(
+            {
+                name: (
+                    ("document", "loop", "layer", "head")[: values[name].ndim],
+                    values[name],
+                    {"units": units, "state": state, "long_name": long_name},
+                )
+                for name, (units, state, long_name) in DEFINITIONS.items()
+                if name not in left_out
+            },
+            coords={
+                "document": names,
+                "source": ("document", names if sources is None else list(sources)),
+                "loop": np.arange(n_loops + 1),
+            },
+            attrs={"provenance": json.dumps(_provenance(documents, n_loops, trained_loops or n_loops), sort_keys=True)},
+        )
+    )
+
+
+def _truths(nll):
+    """A plausible mean curve over loops 0..R of every measure but `nll_exit`, `gain` and `cost`."""
+    loop = np.arange(len(nll))
+    with np.errstate(divide="ignore"):
+        shrinking = 1 / loop
+    curves = {
+        "rank": np.exp(nll - 2),
+        "entropy": nll - 0.1,
+        "output_shift": 2 * shrinking,
+        "output_shift_reverse": 3 * shrinking,
+        "output_shift_js": 0.3 * shrinking,
+        "nll_usable": nll - 0.05,
+        "withheld": 0.7 + 0.0 * loop,
+        "step_size": 40 * shrinking,
+        "relative_step": 2 * shrinking,
+        "state_cosine": 1 - 0.5 * shrinking,
+        "cos_update": -0.8 * shrinking,
+        "cos_reference": -0.5 + 0.0 * loop,
+        "effective_rank": 100.0 + 5 * loop,
+        "effective_rank_centred": 90.0 + 5 * loop,
+        "omega": 11.0 + 0.0 * loop,
+        "omega_relative": 0.9 + 0.0 * loop,
+        "omega_random": 12.0 + 0.0 * loop,
+        "gate_mean": 0.6 + 0.0 * loop,
+    }
+    return {name: np.where(loop < FIRST_LOOP.get(name, 0), np.nan, curve) for name, curve in curves.items()}
+
+
+def _provenance(documents, run_loops, trained_loops):
+    return {
+        "schema": SCHEMA,
+        "model": "a planted model",
+        "weights_sha256": "0" * 64,
+        "config": {"n_loops": trained_loops},
+        "trained_loops": trained_loops,
+        "run_loops": run_loops,
+        "corpus": "a planted corpus",
+        "corpus_sha256": "0" * 64,
+        "documents": documents,
+        "documents_cut": 0,
+        "documents_fit": documents,
+        "documents_too_short": 0,
+        "tokens": 100 * documents,
+        "max_tokens": 128,
+        "rank_tokens": 64,
+        "seed": 0,
+        "batch_size": 8,
+        "dtype": "float64",
+        "device": "cpu",
+        "threads": 1,
+        "versions": {"loopdiag": "0"},
+    }

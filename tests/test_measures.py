@@ -1,0 +1,607 @@
+"""Each measure: a case worked by hand, laws that hold for any states, and an outside reference.
+
+Hand-worked cases are small enough to check by eye. Outside references are scipy, scikit-learn and numpy, one token at
+a time in float64. What is compared is always [document, loop], NaN where a measure is not defined.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.special
+import scipy.stats
+import sklearn.metrics
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decoder import make_model
+from tiny import assert_all_same, assert_same, padded, random_trace, token_lists
+
+from loopdiag.diagnosis import DEFINITIONS, measure
+from loopdiag.measures.attention import gate_mean
+from loopdiag.measures.diversity import document_rank, effective_rank
+from loopdiag.measures.motion import cos_reference, cos_update, relative_step, state_cosine, step_size
+from loopdiag.measures.offset import omega, omega_random, omega_relative
+from loopdiag.measures.prediction import exits
+from loopdiag.trace import LoopTrace, record
+
+NAN, LOG2 = float("nan"), math.log(2)
+MOTION = (step_size, relative_step, state_cosine, cos_update, cos_reference)
+OFFSET = (omega, omega_relative, omega_random)
+DIVERGENCES = ("output_shift", "output_shift_reverse", "output_shift_js")
+calm = settings(deadline=None, derandomize=True, max_examples=15)
+seeds = st.integers(0, 10**6)
+
+
+def states_of(*documents):
+    """States [loop, document, pos, d_model] of documents that are written [token][loop][d_model]."""
+    return torch.tensor(documents, dtype=torch.float64).permute(2, 0, 1, 3)
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def exit_values(name):
+    """One of the measures that `exits` takes together, as a measure of its own."""
+    return lambda trace: exits(trace)[name]
+
+
+# -- by hand ----------------------------------------------------------------------------------------
+
+# Two tokens, loops 0 to 2: one turns a corner of a 3-4-5 triangle, the other comes back past where it started.
+CORNER, BOUNCE = [[3, 0], [3, 4], [0, 4]], [[1, 0], [2, 0], [-2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("of", "corner", "bounce"),
+    [
+        (step_size, [NAN, 4, 3], [NAN, 1, 4]),
+        (relative_step, [NAN, 4 / 3, 3 / 5], [NAN, 1, 2]),
+        (state_cosine, [NAN, 3 / 5, 4 / 5], [NAN, 1, -1]),
+        (cos_update, [NAN, NAN, 0], [NAN, NAN, -1]),
+    ],
+)
+def test_motion_by_hand(of, corner, bounce):
+    """Each token as on paper, and the mean of two; a straight line and a turn back have cosines 1 and -1."""
+    alone = rows(corner, bounce)
+    assert_same(of(LoopTrace.from_states(states_of([CORNER], [BOUNCE]))), alone, 1e-15)
+    assert_same(of(LoopTrace.from_states(states_of([CORNER, BOUNCE]))), alone.mean(0, keepdim=True), 1e-15)
+
+
+def test_straight_on_and_back():
+    """Updates in one direction have cosine 1 whatever their lengths, and an oscillation -1."""
+    start, way = torch.randn(2, 1, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for places, cosine in (((0, 1, 3, 3.5), 1), ((0, 1, -1, 2), -1)):
+        trace = LoopTrace.from_states(torch.stack([start + place * way for place in places]))
+        assert_same(cos_update(trace), rows([NAN, NAN, cosine, cosine]), 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("of", "offset", "expected"),
+    [
+        (omega, 1, 8 / 3),  # distances 5, 0, 3
+        (omega, 0, 8 / 3),
+        (omega_relative, 1, (5 / 5 + 0 / 5 + 3 / 4) / 3),
+        (omega_random, 1, 20 / 6),  # the six pairs: 5, 5, 4, 0, 3, 3
+        (omega, 2, (5 + 3) / 2),
+        (omega_relative, 2, (5 / 5 + 3 / 4) / 2),
+        (omega_random, 2, 20 / 6),
+    ],
+)
+def test_offset_by_hand(of, offset, expected):
+    """On the carry of the loop before, over pairs of real tokens; without an offset as with an offset of one."""
+    carry = states_of([[[9, i], z, [i, 9]] for i, z in enumerate(([0, 0], [3, 4], [3, 4], [0, 4]))])
+    trace = LoopTrace.from_states(torch.zeros_like(carry), carry=carry, offset=offset)
+    assert_same(of(trace), rows([NAN, NAN, expected]), 1e-15)
+
+
+def test_rank_of_states_by_hand():
+    """Equal singular values count each, one direction counts once; 3 and 1 give 4 / 3^(3/4)."""
+    assert_same(effective_rank(torch.eye(4)[:3] * 7).item(), 3.0, 1e-14)
+    assert_same(effective_rank(torch.ones(5, 4)).item(), 1.0, 1e-14)
+    assert_same(effective_rank(torch.diag(torch.tensor([3.0, 1.0]))).item(), 4 / 3**0.75, 1e-14)
+
+
+def test_rank_of_a_document_by_hand():
+    """On N(Y) of the first tokens, NaN where a document has fewer; three equal directions less their mean are two."""
+    one, other, third = torch.eye(3).tolist()
+    states = torch.tensor([[one, other, third], [third, one, one]]).repeat(2, 1, 1, 1)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    trace = LoopTrace.from_states(states, mask=mask, norm=lambda y: y * torch.tensor([1.0, 3.0, 3.0]))
+    assert_same(document_rank(trace, 2), rows([4 / 3**0.75] * 2, [1, 1]), 1e-14)
+    assert_same(document_rank(trace, 3), rows([math.exp(scipy.stats.entropy([1, 3, 3]))] * 2, [NAN, NAN]), 1e-14)
+    assert_same(document_rank(LoopTrace.from_states(states[:, :1]), 3, centred=True), rows([2, 2]), 1e-14)
+
+
+# Probabilities of four tokens, in halvings, and what three predictions of them are worth.
+FIRST, SECOND, EVEN = [1, 2, 3, 3], [3, 1, 2, 3], [2, 2, 2, 2]
+EXITS_BY_HAND = {  # in units of log 2, but the rank; next tokens are 1, 0 and 1
+    "nll_exit": [(2 + 1 + 2) / 3, (1 + 3 + 1) / 3, 2],
+    "rank": [2, 1, 2.5],  # medians of (2, 1, 2), (1, 3.5, 1) and (2.5, 2.5, 2.5)
+    "entropy": [1.75, 1.75, 2],
+    "output_shift": [NAN, 1 / 2, 1 / 4],
+    "output_shift_reverse": [NAN, 5 / 8, 1 / 4],
+    "gain": [NAN, (1 + 0 + 1) / 3, (0 + 1 + 0) / 3],
+    "cost": [NAN, (0 + 2 + 0) / 3, (1 + 0 + 1) / 3],
+}
+
+
+@pytest.mark.parametrize("name", EXITS_BY_HAND)
+def test_exits_by_hand(name):
+    """Powers of two, so that every logarithm can be read off."""
+    states = -LOG2 * states_of([[FIRST, SECOND, EVEN]] * 4)
+    trace = LoopTrace.from_states(states, input_ids=torch.tensor([[3, 1, 0, 1]]), head=lambda h: h)
+    expected = rows(EXITS_BY_HAND[name]) * (1 if name == "rank" else LOG2)
+    assert_same(exits(trace)[name], expected, 1e-15)
+
+
+def test_gates_by_hand():
+    """Mean over real tokens for every layer and head; loops without a gate stay undefined."""
+    trace = random_trace(n_loops=2, spans=((0, 3), (1, 3)))
+    gate = torch.full((3, 2, 2, 3, 1), NAN)
+    gate[2, 0] = torch.tensor([[0.1, 0.2, 0.6], [9.0, 0.5, 1.0]])[..., None]
+    gate[2, 1] = torch.tensor([[0.0, 0.0, 0.3], [9.0, 0.0, 1.0]])[..., None]
+    mean = gate_mean(replace(trace, gate=gate))
+    assert mean.shape == (2, 3, 2, 1)
+    assert mean[:, :2].isnan().all()
+    assert_same(mean[:, 2, :, 0], torch.tensor([[0.3, 0.1], [0.75, 0.5]]), 1e-7)
+    with pytest.raises(ValueError, match="no gate"):
+        gate_mean(trace)
+
+
+def test_nothing_to_read_without_a_head():
+    """The message says what to give."""
+    with pytest.raises(ValueError, match=r"exits.*head=\.\.\."):
+        exits(LoopTrace.from_states(torch.zeros(2, 1, 3, 4)))
+
+
+# -- outside references -----------------------------------------------------------------------------
+
+
+def token_by_token(trace, value, first, kept):
+    """[document, loop]: mean over the kept tokens of value(loop, document, pos), NaN before loop `first`."""
+    loops = range(trace.n_loops + 1)
+    return rows(
+        *(
+            [NAN if r < first else np.mean([value(r, d, i) for i in np.flatnonzero(real)]) for r in loops]
+            for d, real in enumerate(kept)
+        )
+    )
+
+
+def cosine(a, b):
+    return 1 - scipy.spatial.distance.cosine(a, b)
+
+
+def motion_references(trace):
+    """Each measure of motion once more, on Y, with the first loop that has it."""
+    y, euclidean = trace.raw.numpy(), scipy.spatial.distance.euclidean
+
+    def turned(r, d, i):
+        real = np.flatnonzero(trace.mask[d])
+        place, third = np.flatnonzero(real == i)[0], len(real) // 3
+        middle, before = y[r - 1, d, real[place - third]], y[r - 2, d, real[place - 2 * third]]
+        return cosine(y[r, d, i] - middle, middle - before)
+
+    return {
+        step_size: (1, lambda r, d, i: euclidean(y[r, d, i], y[r - 1, d, i])),
+        relative_step: (1, lambda r, d, i: euclidean(y[r, d, i], y[r - 1, d, i]) / np.linalg.norm(y[r - 1, d, i])),
+        state_cosine: (1, lambda r, d, i: cosine(y[r, d, i], y[r - 1, d, i])),
+        cos_update: (2, lambda r, d, i: cosine(y[r, d, i] - y[r - 1, d, i], y[r - 1, d, i] - y[r - 2, d, i])),
+        cos_reference: (2, turned),
+    }
+
+
+@pytest.mark.parametrize("of", MOTION)
+def test_motion_against_scipy(of):
+    """Loop by loop on Y, over real tokens. Measured: 1e-15."""
+    trace = random_trace()
+    first, value = motion_references(trace)[of]
+    assert_same(of(trace), token_by_token(trace, value, first, trace.mask), 1e-13)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_offset_against_scipy(offset):
+    """On Z of the loop before. Measured: 1e-15."""
+    trace = random_trace(offset=offset)
+    z, lag = trace.carry.numpy(), max(1, offset)
+    pairs = np.zeros(trace.mask.shape, dtype=bool)
+    pairs[:, lag:] = trace.mask[:, lag:] & trace.mask[:, :-lag]
+
+    def apart(r, d, i):
+        return scipy.spatial.distance.euclidean(z[r - 1, d, i], z[r - 1, d, i - lag])
+
+    def relative(r, d, i):
+        return apart(r, d, i) / np.linalg.norm(z[r - 1, d, i])
+
+    def any_two(r, d, _):
+        return scipy.spatial.distance.pdist(z[r - 1, d, trace.mask[d]]).mean()
+
+    for of, value in ((omega, apart), (omega_relative, relative), (omega_random, any_two)):
+        assert_same(of(trace), token_by_token(trace, value, 2, pairs), 1e-13)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_rank_against_numpy(centred):
+    """exp of the entropy of numpy's singular values of a document's first states N(Y). Measured: 4e-15."""
+    trace = random_trace()
+    expected = []
+    for d, real in enumerate(trace.mask):
+        states = trace.readout[:, d, real][:, :5].numpy()
+        states = states - states.mean(1, keepdims=True) if centred else states
+        values = np.linalg.svd(states, compute_uv=False)
+        expected.append(np.exp(scipy.stats.entropy(values, axis=1)).tolist())
+    assert_same(document_rank(trace, 5, centred=centred), rows(*expected), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "value"),
+    [
+        ("nll_exit", 0, lambda p, q, target: sklearn.metrics.log_loss([target], [p], labels=range(len(p)))),
+        ("entropy", 0, lambda p, q, target: scipy.stats.entropy(p)),
+        ("output_shift", 1, lambda p, q, target: scipy.stats.entropy(p, q)),
+        ("output_shift_reverse", 1, lambda p, q, target: scipy.stats.entropy(q, p)),
+        ("output_shift_js", 1, lambda p, q, target: scipy.spatial.distance.jensenshannon(p, q) ** 2),
+        ("gain", 1, lambda p, q, target: max(0, np.log(p[target] / q[target]))),
+        ("cost", 1, lambda p, q, target: max(0, np.log(q[target] / p[target]))),
+    ],
+)
+def test_exits_against_scipy_and_sklearn(name, first, value):
+    """Distribution by distribution, p^(r) and q = p^(r-1), over tokens that have a next one. Measured: 3e-15."""
+    trace = random_trace()
+    p = scipy.special.softmax(trace.head(trace.readout).numpy(), axis=-1)
+    ids = trace.input_ids.tolist()
+    expected = token_by_token(
+        trace, lambda r, d, i: value(p[r, d, i], p[r - 1, d, i], ids[d][i + 1]), first, trace.predicts
+    )
+    assert_same(exits(trace)[name], expected, 1e-12)
+
+
+def test_token_ranks_against_scipy():
+    """The median of the next tokens' average ranks; logits are rounded so that many tie."""
+    trace = random_trace()
+    trace = replace(trace, head=lambda h, head=trace.head: head(h).round())
+    order = scipy.stats.rankdata(-trace.head(trace.readout).numpy(), method="average", axis=-1)
+    expected = [
+        [
+            np.median([order[r, d, i, trace.input_ids[d, i + 1]] for i in np.flatnonzero(trace.predicts[d])])
+            for r in range(trace.n_loops + 1)
+        ]
+        for d in range(len(trace.mask))
+    ]
+    assert_same(exits(trace)["rank"], rows(*expected))
+
+
+# -- laws -------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds)
+@calm
+def test_gain_less_cost_is_the_change_of_the_loss(seed):
+    """The identity that the gain-cost curve stands on. Measured: 2e-15."""
+    values = exits(random_trace(seed))
+    nll = values["nll_exit"]
+    assert_same((values["gain"] - values["cost"])[:, 1:], nll[:, :-1] - nll[:, 1:], 1e-13)
+    assert (values["gain"][:, 1:] >= 0).all()
+    assert (values["cost"][:, 1:] >= 0).all()
+
+
+@given(seed=seeds)
+@calm
+def test_bounds(seed):
+    """Ranges that the docstrings promise, for any states."""
+    trace = random_trace(seed)
+    values = exits(trace)
+    for name in ("output_shift", "output_shift_reverse"):
+        assert (values[name][:, 1:] > 0).all()
+    assert ((values["output_shift_js"][:, 1:] > 0) & (values["output_shift_js"][:, 1:] <= LOG2)).all()
+    assert ((values["entropy"] >= 0) & (values["entropy"] <= math.log(7))).all()
+    assert ((values["rank"] >= 1) & (values["rank"] <= 7)).all()
+    for tokens in (2, 5):
+        ranks = document_rank(trace, tokens)
+        assert ((ranks >= 1) & (ranks <= min(tokens, 6))).all()
+        assert (document_rank(trace, tokens, centred=True) <= min(tokens - 1, 6) + 1e-12).all()
+    for of in (state_cosine, cos_update, cos_reference):
+        assert (of(trace)[:, 2:].abs() <= 1).all()
+
+
+def test_a_loop_that_does_nothing():
+    """Equal predictions have no divergence, no gain and no cost, and equal states no step."""
+    trace = random_trace()
+    trace = replace(trace, raw=trace.raw[[0, 1, 1, 2]], readout=trace.readout[[0, 1, 1, 2]])
+    values = exits(trace)
+    for name in (*DIVERGENCES, "gain", "cost"):
+        # Measured: 1e-16, the Jensen-Shannon divergence, whose mixture is rounded.
+        assert_same(values[name][:, 2], torch.zeros(4).double(), 1e-15 if name == "output_shift_js" else 0)
+        assert (values[name][:, [1, 3]].sum(1) > 0).all()
+    assert (step_size(trace)[:, 2] == 0).all()
+    assert (relative_step(trace)[:, 2] == 0).all()
+
+
+@given(seed=seeds)
+@calm
+def test_the_reverse_of_a_shift(seed):
+    """Running the loops backwards swaps the two directions of Dp, gain and cost, and leaves Jensen-Shannon."""
+    trace = random_trace(seed)
+    forward, backward = exits(trace), exits(replace(trace, readout=trace.readout.flip(0)))
+    swaps = {"output_shift": "output_shift_reverse", "output_shift_js": "output_shift_js", "gain": "cost"}
+    for one, other in swaps.items():
+        assert_same(backward[one][:, 1:], forward[other][:, 1:].flip(1), 1e-13)
+
+
+def test_predictions_that_exclude_each_other():
+    """Certain and opposed predictions stay finite: Jensen-Shannon reaches log 2, KL the logits' distance."""
+    states = torch.zeros(3, 1, 4, 2)
+    states[1, ..., 0], states[2, ..., 1] = 300.0, 300.0
+    values = exits(LoopTrace.from_states(states, input_ids=torch.ones(1, 4, dtype=torch.long), head=lambda h: h))
+    assert values["output_shift"][0, 2] == values["output_shift_reverse"][0, 2] == 300
+    assert values["nll_exit"].tolist() == [pytest.approx([LOG2, 300, 0])]
+    assert values["entropy"].tolist() == [pytest.approx([LOG2, 0, 0])]
+    assert values["output_shift_js"][0, 2].item() == pytest.approx(LOG2)
+
+
+def test_tied_tokens_share_their_rank():
+    """Where every logit is the same, every token is in the middle: (V + 1) / 2."""
+    trace = random_trace()
+    trace = replace(trace, head=lambda h, head=trace.head: 0 * head(h) + 3)
+    assert (exits(trace)["rank"] == 4).all()
+
+
+@given(seed=seeds, scale=st.sampled_from([1e-4, 0.5, 300.0]))
+@calm
+def test_scale(seed, scale):
+    """Lengths grow with the states, ratios and angles do not. Measured, relative: 6e-15."""
+    trace = random_trace(seed)
+    scaled = replace(trace, raw=trace.raw * scale, carry=trace.carry * scale, readout=trace.readout * scale)
+    for of in (step_size, omega, omega_random):
+        torch.testing.assert_close(of(scaled), of(trace) * scale, rtol=1e-12, atol=0, equal_nan=True)
+    ranks = (lambda t: document_rank(t, 5), lambda t: document_rank(t, 5, centred=True))
+    for of in (relative_step, state_cosine, cos_update, cos_reference, omega_relative, *ranks):
+        torch.testing.assert_close(of(scaled), of(trace), rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+@given(seed=seeds)
+@calm
+def test_rotation(seed):
+    """No basis is preferred: lengths, angles and ranks are those of the rotated states. Measured: 1e-14."""
+    trace = random_trace(seed)
+    noise = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    turn = torch.linalg.qr(noise).Q
+    turned = replace(trace, raw=trace.raw @ turn, carry=trace.carry @ turn, readout=trace.readout @ turn)
+    for of in (*MOTION, *OFFSET, lambda t: document_rank(t, 5), lambda t: document_rank(t, 5, centred=True)):
+        assert_same(of(turned), of(trace), 1e-12)
+
+
+@given(seed=seeds)
+@calm
+def test_a_shared_part(seed):
+    """What all states have in common moves nothing, displaces nothing, and does not count for the centred rank."""
+    trace = random_trace(seed)
+    moved = replace(trace, raw=trace.raw + 5, carry=trace.carry + 5, readout=trace.readout + 5)
+    for of in (step_size, cos_update, cos_reference, omega, omega_random, lambda t: document_rank(t, 5, centred=True)):
+        assert_same(of(moved), of(trace), 1e-12)
+    assert (document_rank(moved, 5) < document_rank(trace, 5)).all()
+
+
+def test_constant_carries_are_displaced_by_nothing():
+    """Omega of any kind is zero when all tokens hand on the same state."""
+    trace = random_trace()
+    trace = replace(trace, carry=trace.carry[:, :, :1].expand_as(trace.carry))
+    for of in OFFSET:
+        assert (of(trace)[:, 2:] == 0).all()
+
+
+def test_omega_of_tokens_without_order():
+    """For independent states neighbours are as strange as any two. Measured: 0.4 %, of 300 tokens."""
+    trace = random_trace(spans=((0, 300),), width=8)
+    torch.testing.assert_close(omega(trace)[:, 2:], omega_random(trace)[:, 2:], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("h", "message"),
+    [(torch.zeros(3, 2), "all zeros"), (torch.tensor([[1.0, NAN]]), "non-finite"), (torch.ones(2, 2) / 0, "finite")],
+)
+def test_states_without_a_rank(h, message):
+    """Refused in words, as the docstring says."""
+    with pytest.raises(ValueError, match=f"effective_rank.*{message}"):
+        effective_rank(h)
+
+
+# -- the loop-order reference -----------------------------------------------------------------------
+
+
+def sphere(seed, n_loops=3, tokens=300, width=64):
+    """Independent states of equal norm."""
+    states = torch.randn(
+        n_loops + 1, 2, tokens, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    return states / states.norm(dim=-1, keepdim=True)
+
+
+def test_unrelated_states_seem_to_oscillate():
+    """-1/2 for states of equal norm, -1/sqrt(2) at loop 2 when E is tiny; nothing to tell from the cosine itself."""
+    # Measured over both documents and loops, 300 tokens: 0.007.
+    for embedding, second in ((1.0, -0.5), (1e-3, -(0.5**0.5))):
+        states = sphere(0)
+        states[0] *= embedding
+        for of in (cos_reference, cos_update):
+            assert_same(of(LoopTrace.from_states(states)), rows([NAN, NAN, second, -0.5]).expand(2, 4), 0.02)
+
+
+def test_a_real_motion_is_told_from_its_reference():
+    """On a straight line the cosine is 1 and the reference, of the same states and norms, is not."""
+    start, way = sphere(1, n_loops=1)
+    trace = LoopTrace.from_states(torch.stack([start + r * way for r in range(4)]))
+    assert_same(cos_update(trace)[:, 2:], torch.ones(2, 2).double(), 1e-13)
+    assert (cos_reference(trace)[:, 2:] < -0.2).all()
+
+
+def test_the_reference_keeps_what_all_tokens_share():
+    """A motion that is the same for all tokens relates the states of any of them: the reference is 1 too."""
+    way = sphere(2)[:, :1, :1] * 100
+    trace = LoopTrace.from_states(torch.cumsum(way[[0, 0, 0, 0]], 0) + sphere(3)[:1])
+    assert (cos_reference(trace)[:, 2:] > 0.99).all()
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a third of two tokens is none: each is its own reference")
+def test_too_few_tokens_for_a_reference():
+    """One or two tokens cannot be a third of a document apart: not defined, rather than the cosine itself."""
+    trace = random_trace(spans=((0, 1), (0, 2)))
+    assert cos_reference(trace).isnan().all()
+
+
+# -- padding, batches, precision --------------------------------------------------------------------
+
+MODELS = [make_model(), make_model(offset=2, memory="own", norm_between_loops=False)]
+CHUNK = 3  # tokens at which ranks are compared
+
+
+def concatenated(parts):
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=["plt", "own"])
+@torch.no_grad()
+def test_padded_documents_get_the_numbers_they_get_alone(model):
+    """Every measure, padding on either side, documents too short for some. Measured: 5e-14."""
+    documents = token_lists(seed=3, lengths=(9, 2, 6, 3, 9, 4))
+    together = measure(record(model, padded(documents, left=(1, 2))), CHUNK)
+    alone = concatenated([measure(record(model, padded([document])), CHUNK) for document in documents])
+    assert_all_same(together, alone, 1e-11)
+    assert together["effective_rank"][1].isnan().all()
+
+
+@given(cut=st.integers(1, 5), seed=seeds)
+@settings(calm, max_examples=6)
+@torch.no_grad()
+def test_two_batches_equal_one(cut, seed):
+    """Merging is concatenation. Measured: 5e-14."""
+    documents = token_lists(seed, lengths=(4, 9, 2, 7, 5, 3))
+    whole = measure(record(MODELS[0], padded(documents)), CHUNK)
+    parts = [measure(record(MODELS[0], padded(part)), CHUNK) for part in (documents[:cut], documents[cut:])]
+    assert_all_same(concatenated(parts), whole, 1e-11)
+
+
+@torch.no_grad()
+def test_what_stands_on_padding_is_never_seen():
+    """Not even a NaN there reaches a number: masked, not multiplied by zero."""
+    trace = record(MODELS[0], padded(token_lists(seed=4, lengths=(5, 8, 4)), left=(2,)))
+
+    real = trace.mask[..., None]
+    fields = {name: torch.where(real, getattr(trace, name), NAN) for name in ("raw", "carry", "readout", "gate")}
+    assert_all_same(measure(replace(trace, **fields), CHUNK), measure(trace, CHUNK))
+
+
+@torch.no_grad()
+def test_each_measure_reads_the_state_it_names(seed=0):
+    """Y, Z, N(Y) or the gate: what `DEFINITIONS` says is what changes the number, and nothing else is."""
+    trace = record(MODELS[0], padded(token_lists(seed=5, lengths=(6, 8))))
+    before, noise = measure(trace, CHUNK), torch.randn(trace.raw.shape, generator=torch.Generator().manual_seed(seed))
+    for field, state in (("raw", "Y"), ("carry", "Z"), ("readout", "N(Y)"), ("gate", "layer input")):
+        states = getattr(trace, field)
+        after = measure(replace(trace, **{field: states + noise if field != "gate" else states / 2}), CHUNK)
+        changed = {name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())}
+        assert changed == {name for name in before if DEFINITIONS[name][1] == state}
+
+
+def test_loops_of_omega():
+    """Omega(r) is that of the carry which loop r received: of Z_1 to Z_{R-1}, not of E nor of the last one."""
+    trace = random_trace()
+    for source in range(4):
+        carry = trace.carry.clone()
+        carry[source] *= 2
+        for of in (omega, omega_random):
+            ratio = of(replace(trace, carry=carry))[:, 2:] / of(trace)[:, 2:]
+            assert_same(ratio, torch.ones(4, 2).double() + (torch.arange(2, 4) == source + 1), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_left_before_any_arithmetic(dtype):
+    """The numbers of half-precision states are those of the same states in float32, to the bit."""
+    half = random_trace(dtype=dtype)
+    fields = {name: getattr(half, name).float() for name in ("raw", "carry", "readout")}
+    gate = torch.rand(4, 2, *half.mask.shape, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    half = replace(half, gate=gate, head=lambda h, head=half.head: head(h.to(dtype)))
+    single = replace(half, **fields, gate=gate.float(), head=lambda h, head=half.head: head(h).float())
+    ours, expected = measure(half, CHUNK), measure(single, CHUNK)
+    assert {values.dtype for values in ours.values()} == {torch.float32, torch.float64}
+    assert_all_same(ours, expected)
+
+
+def test_float64_stays():
+    """Nothing is rounded to float32 on the way."""
+    trace = random_trace()
+    values = measure(replace(trace, gate=torch.rand(4, 2, *trace.mask.shape, 3).double()), CHUNK)
+    assert {name for name, value in values.items() if value.dtype != torch.float64} == set()
+
+
+@pytest.mark.parametrize("entries", [1, 60, 10**6])
+def test_blocks_of_the_vocabulary(entries, monkeypatch):
+    """How many logits exist at a time changes no number."""
+    trace = random_trace()
+    whole = exits(trace)
+    monkeypatch.setattr("loopdiag.measures.prediction.LOGITS_AT_A_TIME", {"cpu": entries})
+    assert_all_same(exits(trace), whole, 1e-14)
+
+
+@pytest.mark.parametrize("of", [*MOTION, *OFFSET, *map(exit_values, EXITS_BY_HAND)])
+def test_one_loop(of):
+    """A model of one loop has loops 0 and 1, and what needs two is NaN."""
+    trace = random_trace(n_loops=1)
+    values = of(trace)
+    assert values.shape == (4, 2)
+    whole = of(random_trace(n_loops=3))
+    assert torch.equal(values.isnan(), whole[:, :2].isnan())
+
+
+# -- what cannot be measured ------------------------------------------------------------------------
+
+
+def test_documents_too_short_for_a_pair():
+    """One token has no neighbour, none has nothing at all: NaN, and the other documents as without them."""
+    trace = random_trace(spans=((0, 1), (0, 0), (0, 9)))
+    for of in OFFSET:
+        assert of(trace)[:2].isnan().all()
+        assert of(trace)[2, 2:].isfinite().all()
+    for of in (step_size, relative_step, state_cosine, cos_update):
+        assert of(trace)[0, 2:].isfinite().all()
+        assert of(trace)[1].isnan().all()
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch.quantile refuses a document without a next token")
+@pytest.mark.parametrize("empty", [(0, 0), (4, 5)])
+def test_exits_of_a_document_without_a_next_token(empty):
+    """It has no numbers; its neighbours in the batch keep theirs."""
+    values = exits(random_trace(spans=(empty, (0, 9))))
+    for name, value in values.items():
+        assert value[0].isnan().all(), name
+        assert value[1, 1:].isfinite().all(), name
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="no block of tokens, so no first one to take the names from")
+def test_exits_of_a_batch_without_a_next_token():
+    """Nothing to predict is nothing known, not a failure."""
+    assert all(value.isnan().all() for value in exits(random_trace(spans=((0, 1), (0, 1)))).values())
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="effective_rank raises for states that are equal once centred")
+def test_centred_rank_of_equal_states():
+    """A run of one token has no direction left at loop 0 once it is centred: undefined for it, not for the batch."""
+    trace = random_trace()
+    readout = trace.readout.clone()
+    readout[0, 1] = 1.0
+    ranks = document_rank(replace(trace, readout=readout), 5, centred=True)
+    assert ranks[1, 0].isnan()
+    assert ranks[1, 1:].isfinite().all()
+    assert ranks[0].isfinite().all()
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="cosine_similarity answers 0 for a vector of no length")
+def test_the_direction_of_no_update():
+    """A loop that moves nothing has no direction: undefined, as loops 0 and 1 are, and not a right angle."""
+    trace = random_trace()
+    stopped = replace(trace, raw=trace.raw[[0, 1, 1, 1]])
+    assert cos_update(stopped)[:, 2:].isnan().all()
