@@ -356,7 +356,16 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
         title_justify="left",
         caption_justify="left",
     )
-    for heading in ("loop", "exit NLL \\[95 %]", "gain", "cost", "cost/\ngain", "usable\nNLL", "eff.\nrank", "cos (ref.)"):
+    for heading in (
+        "loop",
+        "exit NLL \\[95 %]",
+        "gain",
+        "cost",
+        "cost/\ngain",
+        "usable\nNLL",
+        "eff.\nrank",
+        "cos (ref.)",
+    ):
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for row in told["loops"]:
         ratio = row["cost"] / row["gain"] if row["gain"] else None

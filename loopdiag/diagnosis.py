@@ -148,7 +148,7 @@ def diagnose(
         max_tokens: Longest document in tokens; what the model was made for when None.
         batch_size: Documents of a batch.
         seed: Order of the `fit` documents.
-        readouts: Fit the translators behind `nll_usable` and `withheld`, the slowest part; NaN without.
+        readouts: Fit the translators behind `nll_usable` and `withheld`, the slowest part; without, both are left out.
         progress: Called with (what is being done, documents done, of how many; fitting counts each several times).
 
     Raises:

@@ -226,7 +226,7 @@ def test_offset_against_scipy(offset):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_rank_against_numpy(centred):
-    """exp of the entropy of numpy's singular values of a document's first states N(Y). Measured: 4e-15."""
+    """exp of the entropy of numpy's singular values of a document's first states N(Y). Measured: 7e-15."""
     trace = random_trace()
     expected = []
     for d, real in enumerate(trace.mask):
@@ -250,7 +250,7 @@ def test_rank_against_numpy(centred):
     ],
 )
 def test_exits_against_scipy_and_sklearn(name, first, value):
-    """Distribution by distribution, p^(r) and q = p^(r-1), over tokens that have a next one. Measured: 3e-15."""
+    """Distribution by distribution, p^(r) and q = p^(r-1), over tokens that have a next one. Measured: 1e-15."""
     trace = random_trace()
     p = scipy.special.softmax(trace.head(trace.readout).numpy(), axis=-1)
     ids = trace.input_ids.tolist()
@@ -272,6 +272,7 @@ def test_token_ranks_against_scipy():
         ]
         for d in range(len(trace.mask))
     ]
+    assert (order % 1 != 0).any()
     assert_same(exits(trace)["rank"], rows(*expected))
 
 
@@ -314,7 +315,7 @@ def test_a_loop_that_does_nothing():
     trace = replace(trace, raw=trace.raw[[0, 1, 1, 2]], readout=trace.readout[[0, 1, 1, 2]])
     values = exits(trace)
     for name in (*DIVERGENCES, "gain", "cost"):
-        # Measured: 1e-16, the Jensen-Shannon divergence, whose mixture is rounded.
+        # Measured: 1e-17, the Jensen-Shannon divergence, whose mixture is rounded.
         assert_same(values[name][:, 2], torch.zeros(4).double(), 1e-15 if name == "output_shift_js" else 0)
         assert (values[name][:, [1, 3]].sum(1) > 0).all()
     assert (step_size(trace)[:, 2] == 0).all()
@@ -353,7 +354,7 @@ def test_tied_tokens_share_their_rank():
 @given(seed=seeds, scale=st.sampled_from([1e-4, 0.5, 300.0]))
 @calm
 def test_scale(seed, scale):
-    """Lengths grow with the states, ratios and angles do not. Measured, relative: 6e-15."""
+    """Lengths grow with the states, ratios and angles do not. Measured, relative: 1e-14."""
     trace = random_trace(seed)
     scaled = replace(trace, raw=trace.raw * scale, carry=trace.carry * scale, readout=trace.readout * scale)
     for of in (step_size, omega, omega_random):
@@ -366,7 +367,7 @@ def test_scale(seed, scale):
 @given(seed=seeds)
 @calm
 def test_rotation(seed):
-    """No basis is preferred: lengths, angles and ranks are those of the rotated states. Measured: 1e-14."""
+    """No basis is preferred: lengths, angles and ranks are those of the rotated states. Measured: 2e-14."""
     trace = random_trace(seed)
     noise = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     turn = torch.linalg.qr(noise).Q
@@ -378,7 +379,10 @@ def test_rotation(seed):
 @given(seed=seeds)
 @calm
 def test_a_shared_part(seed):
-    """What all states have in common moves nothing, displaces nothing, and does not count for the centred rank."""
+    """What all states have in common moves nothing, displaces nothing, and does not count for the centred rank.
+
+    Measured: 5e-14.
+    """
     trace = random_trace(seed)
     moved = replace(trace, raw=trace.raw + 5, carry=trace.carry + 5, readout=trace.readout + 5)
     for of in (step_size, cos_update, cos_reference, omega, omega_random, lambda t: document_rank(t, 5, centred=True)):
@@ -395,9 +399,9 @@ def test_constant_carries_are_displaced_by_nothing():
 
 
 def test_omega_of_tokens_without_order():
-    """For independent states neighbours are as strange as any two. Measured: 0.4 %, of 300 tokens."""
+    """For independent states neighbours are as strange as any two. Measured: 1.3 %, of 300 tokens."""
     trace = random_trace(spans=((0, 300),), width=8)
-    torch.testing.assert_close(omega(trace)[:, 2:], omega_random(trace)[:, 2:], rtol=0.02, atol=0)
+    torch.testing.assert_close(omega(trace)[:, 2:], omega_random(trace)[:, 2:], rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +427,7 @@ def sphere(seed, n_loops=3, tokens=300, width=64):
 
 def test_unrelated_states_seem_to_oscillate():
     """-1/2 for states of equal norm, -1/sqrt(2) at loop 2 when E is tiny; nothing to tell from the cosine itself."""
-    # Measured over both documents and loops, 300 tokens: 0.007.
+    # Measured over both documents and loops, 300 tokens: 0.005.
     for embedding, second in ((1.0, -0.5), (1e-3, -(0.5**0.5))):
         states = sphere(0)
         states[0] *= embedding
@@ -446,7 +450,7 @@ def test_the_reference_keeps_what_all_tokens_share():
     assert (cos_reference(trace)[:, 2:] > 0.99).all()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a third of two tokens is none: each is its own reference")
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a third of two tokens is none: each its own reference")
 def test_too_few_tokens_for_a_reference():
     """One or two tokens cannot be a third of a document apart: not defined, rather than the cosine itself."""
     trace = random_trace(spans=((0, 1), (0, 2)))
@@ -466,11 +470,11 @@ def concatenated(parts):
 @pytest.mark.parametrize("model", MODELS, ids=["plt", "own"])
 @torch.no_grad()
 def test_padded_documents_get_the_numbers_they_get_alone(model):
-    """Every measure, padding on either side, documents too short for some. Measured: 5e-14."""
+    """Every measure, padding on either side, documents too short for some. Measured: 4e-15."""
     documents = token_lists(seed=3, lengths=(9, 2, 6, 3, 9, 4))
     together = measure(record(model, padded(documents, left=(1, 2))), CHUNK)
     alone = concatenated([measure(record(model, padded([document])), CHUNK) for document in documents])
-    assert_all_same(together, alone, 1e-11)
+    assert_all_same(together, alone, 1e-12)
     assert together["effective_rank"][1].isnan().all()
 
 
@@ -478,11 +482,11 @@ def test_padded_documents_get_the_numbers_they_get_alone(model):
 @settings(calm, max_examples=6)
 @torch.no_grad()
 def test_two_batches_equal_one(cut, seed):
-    """Merging is concatenation. Measured: 5e-14."""
+    """Merging is concatenation. Measured: 5e-15."""
     documents = token_lists(seed, lengths=(4, 9, 2, 7, 5, 3))
     whole = measure(record(MODELS[0], padded(documents)), CHUNK)
     parts = [measure(record(MODELS[0], padded(part)), CHUNK) for part in (documents[:cut], documents[cut:])]
-    assert_all_same(concatenated(parts), whole, 1e-11)
+    assert_all_same(concatenated(parts), whole, 1e-12)
 
 
 @torch.no_grad()
@@ -496,10 +500,10 @@ def test_what_stands_on_padding_is_never_seen():
 
 
 @torch.no_grad()
-def test_each_measure_reads_the_state_it_names(seed=0):
+def test_each_measure_reads_the_state_it_names():
     """Y, Z, N(Y) or the gate: what `DEFINITIONS` says is what changes the number, and nothing else is."""
     trace = record(MODELS[0], padded(token_lists(seed=5, lengths=(6, 8))))
-    before, noise = measure(trace, CHUNK), torch.randn(trace.raw.shape, generator=torch.Generator().manual_seed(seed))
+    before, noise = measure(trace, CHUNK), torch.randn(trace.raw.shape, generator=torch.Generator().manual_seed(0))
     for field, state in (("raw", "Y"), ("carry", "Z"), ("readout", "N(Y)"), ("gate", "layer input")):
         states = getattr(trace, field)
         after = measure(replace(trace, **{field: states + noise if field != "gate" else states / 2}), CHUNK)
@@ -587,7 +591,7 @@ def test_exits_of_a_batch_without_a_next_token():
     assert all(value.isnan().all() for value in exits(random_trace(spans=((0, 1), (0, 1)))).values())
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="effective_rank raises for states that are equal once centred")
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="effective_rank raises for equal states less their mean")
 def test_centred_rank_of_equal_states():
     """A run of one token has no direction left at loop 0 once it is centred: undefined for it, not for the batch."""
     trace = random_trace()

@@ -33,14 +33,14 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
         "break_even": [asdict(step) for step in recommendation.break_even],
         "predicted_training_loops": recommendation.predicted_training_loops,
         "lenses": recommendation.lenses,
-        "loops": loop_rows(diagnosis),
+        "loops": loop_rows(diagnosis, recommendation.seed),
         "provenance": about,
     }
 
 
-def loop_rows(diagnosis: Diagnosis) -> list[dict[str, Any]]:
+def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
     """One row per loop 1..R: every measure's mean over documents, the NLL with its 95 % interval."""
-    curve = gain_cost(diagnosis)
+    curve = gain_cost(diagnosis, seed=seed)
     means = {
         name: values.mean([dim for dim in values.dims if dim != "loop"]).values
         for name, values in diagnosis.data.data_vars.items()

@@ -49,8 +49,8 @@ class GainCost:
 
     @property
     def cost_over_gain(self) -> PerLoop:
-        """Near 1, a loop only moves things."""
-        return self.cost.mean / self.gain.mean
+        """Near 1, a loop only moves things; NaN for a loop that helps no token."""
+        return self.cost.mean / np.where(self.gain.mean > 0, self.gain.mean, np.nan)
 
 
 def gain_cost(diagnosis: Diagnosis, *, seed: int = 0) -> GainCost:

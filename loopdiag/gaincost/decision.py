@@ -17,6 +17,7 @@ from loopdiag.diagnosis import Diagnosis
 PRICE = 0.01
 CONTENDER = 0.10
 MAJORITY = 0.50
+FEWEST_SOURCES = 5  # fewer cannot say how much sources differ, and every error would come out too small
 COST_OVER_GAIN = 0.50
 
 PerLoop = Float[np.ndarray, " loop"]
@@ -48,6 +49,7 @@ class Recommendation:
         lenses: Each lens' own pick.
         trained_loops: Loops the model was trained with.
         model: Which model.
+        seed: Of the bootstrap.
     """
 
     verdict: Literal["recommended", "undetermined"]
@@ -62,6 +64,7 @@ class Recommendation:
     lenses: dict[str, int]
     trained_loops: int
     model: str
+    seed: int
 
     def __str__(self) -> str:
         support = f"support {self.support[self.pick]:.0%}, price {self.price:g} nats per token and loop"
@@ -83,7 +86,8 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
 
     Question 1 is measured: utility(r) = -nll_exit(r) - price * (r - 1); the smallest r within one standard error of the
     best, the error being that of the paired difference to the best. Undetermined when no r is picked in half of the
-    resamples, or when the data leave room (95 %) for another count to be better than the pick by more than the price.
+    resamples, when the data leave room (95 %) for another count to be better than the pick by more than the price, or
+    when the documents come from fewer than five sources.
 
     Question 2 is a prediction from the lenses: the lower median of their picks.
 
@@ -102,16 +106,21 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
     nll = diagnosis.data["nll_exit"].values[:, 1:]
     loops = diagnosis.loops
     utility = -nll - price * (loops - 1)
-    draws = resampled_means(utility, diagnosis.data["source"].values, seed=seed)
+    sources = diagnosis.data["source"].values
+    draws = resampled_means(utility, sources, seed=seed)
     # [loop, loop]: the standard error of each paired difference, the same for every resample.
     errors = (draws[:, :, None] - draws[:, None, :]).std(0)
     picked = _rule(utility.mean(0), errors)
     picks = np.array([_rule(draw, errors) for draw in draws])
     support = {int(loop): float((picks == index).mean()) for index, loop in enumerate(loops)}
     pick = int(loops[picked])
-    why = _doubt(utility.mean(0), draws, picked, support[pick], price, loops)
+    if (n_sources := len(np.unique(sources))) < FEWEST_SOURCES:
+        why = f"the documents come from {n_sources} sources, too few to tell how sure an answer is"
+    else:
+        why = _doubt(utility.mean(0), draws, picked, support[pick], price, loops)
     about = diagnosis.provenance
-    lenses = lens_picks({name: diagnosis.data[name].mean("document").values for name in _LENS_INPUTS})
+    measured = [name for name in _LENS_INPUTS if name in diagnosis.data]
+    lenses = lens_picks({name: diagnosis.data[name].mean("document").values for name in measured})
     return Recommendation(
         verdict="undetermined" if why else "recommended",
         recommended_loops=None if why else pick,
@@ -125,6 +134,7 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         lenses=lenses,
         trained_loops=about["trained_loops"],
         model=about["model"],
+        seed=seed,
     )
 
 
@@ -193,10 +203,9 @@ def describe(steps: tuple[BreakEven, ...]) -> str:
 
 def cost_gain(gain: PerLoop, cost: PerLoop) -> int | None:
     """The last loop before cost/gain reaches 0.5."""
-    ratio = cost[2:] / gain[2:]
-    if not len(ratio):
+    if len(gain) <= 2:
         return None
-    over = np.flatnonzero(ratio >= COST_OVER_GAIN)
+    over = np.flatnonzero(cost[2:] >= COST_OVER_GAIN * gain[2:])
     return int(over[0]) + 1 if len(over) else len(gain) - 1
 
 

@@ -1,7 +1,7 @@
 """Figures: one function each, which takes a result, draws it on axes and returns them.
 
-Without axes, a figure in the style of a paper is made through pyplot. On given axes the caller's style stays; legends and
-small print stand around the axes, so give the figure a layout: `plt.subplots(layout="constrained")`.
+Without axes, a figure in the style of a paper is made through pyplot. On given axes the caller's style stays; legends
+and small print stand around them, so their figure needs a layout: `plt.subplots(layout="constrained")`.
 """
 
 from loopdiag.plots.dynamics import hidden_states, shift_against_offset

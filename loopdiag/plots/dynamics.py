@@ -15,6 +15,7 @@ from loopdiag.plots.parts import (
     PAGE,
     PAPER,
     REFERENCE,
+    Style,
     band,
     intervals,
     legend,
@@ -27,8 +28,8 @@ from loopdiag.plots.parts import (
     single,
 )
 
-FIRST = {"color": BLUE, "marker": "o"}
-SECOND = {"color": ORANGE, "marker": "s", "linestyle": "--"}
+FIRST: Style = {"color": BLUE, "marker": "o"}
+SECOND: Style = {"color": ORANGE, "marker": "s", "linestyle": "--"}
 
 
 def shift_against_offset(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
@@ -106,9 +107,8 @@ def hidden_states(diagnosis: Diagnosis, *, axes: np.ndarray | None = None) -> np
         message(turn, "one loop: no successive updates")
 
     tokens = about["rank_tokens"]
-    rank.set_ylabel(
-        f"effective rank of {tokens} tokens\n(directions, at most {min(tokens, about['config']['d_model'])})"
-    )
+    ceiling = min(tokens, about["config"].get("d_model", tokens))
+    rank.set_ylabel(f"effective rank of {tokens} tokens\n(directions, at most {ceiling})")
     line(rank, *band(diagnosis, "effective_rank"), label="raw", **FIRST)
     line(rank, *band(diagnosis, "effective_rank_centred"), label="centred", **SECOND)
 

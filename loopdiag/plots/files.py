@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -17,8 +18,8 @@ from loopdiag.plots.parts import COLUMN, PAGE, PAPER
 
 DPI = 200
 # The same picture must give the same bytes: no random ids, no date.
-REPRODUCIBLE = {"svg.hashsalt": "loopdiag"}
-METADATA = {"png": None, "svg": {"Date": None}}
+REPRODUCIBLE: dict[Any, Any] = {"svg.hashsalt": "loopdiag"}
+METADATA: dict[str, Any] = {"png": None, "svg": {"Date": None}}
 
 
 def draw(diagnosis: Diagnosis, recommendation: Recommendation, folder: str | os.PathLike[str]) -> list[Path]:
@@ -39,8 +40,12 @@ def draw(diagnosis: Diagnosis, recommendation: Recommendation, folder: str | os.
     with matplotlib.rc_context(PAPER | REPRODUCIBLE):
         # Not through pyplot, which would keep the figures and may want a display.
         figures = {"gain_cost": Figure(COLUMN, layout="constrained")}
-        marks = {"price": recommendation.price, "recommended": recommendation.recommended_loops}
-        gain_cost(curve_of(diagnosis), ax=figures["gain_cost"].subplots(), **marks)
+        gain_cost(
+            curve_of(diagnosis, seed=recommendation.seed),
+            price=recommendation.price,
+            recommended=recommendation.recommended_loops,
+            ax=figures["gain_cost"].subplots(),
+        )
         figures["shift_against_offset"] = Figure(COLUMN, layout="constrained")
         shift_against_offset(diagnosis, ax=figures["shift_against_offset"].subplots())
         figures["hidden_states"] = Figure(PAGE, layout="constrained")

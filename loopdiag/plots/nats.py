@@ -17,6 +17,7 @@ from loopdiag.plots.parts import (
     GREY,
     ORANGE,
     PLAIN,
+    Style,
     band,
     intervals,
     legend,
@@ -69,7 +70,7 @@ def gain_cost(
             return ax
         loop_axis(ax, 2, int(curve.loop[-1]), curve.trained_loops)
         linear = _signed_log_axis(ax, curve, price)
-        lines = (
+        lines: tuple[tuple[str, Estimate, Style], ...] = (
             ("gain", curve.gain, {"color": BLUE, "marker": "o"}),
             ("cost", curve.cost, {"color": ORANGE, "marker": "s", "linestyle": "--"}),
             ("net gain", curve.net, {"color": BLACK, "marker": "D"}),
@@ -81,7 +82,7 @@ def gain_cost(
         if price is not None:
             ax.axhline(price, color=GREY, linestyle=":", label=f"price {price:g}")
         if recommended is not None and recommended > 1:
-            ax.axvline(recommended, color=GREY, linewidth=0.8, zorder=1, label=f"recommended: {recommended}")
+            ax.axvline(recommended, color=GREY, linewidth=0.8, zorder=1, label=f"recommended: {recommended} loops")
         legend(ax, title=short(curve.model))
         note(ax, intervals(curve.documents), *notes, f"Axis linear within ±{linear:g}.")
     return ax
@@ -118,7 +119,7 @@ def readability(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
         loop_axis(ax, 1, int(diagnosis.loops[-1]), about["trained_loops"])
         ax.set_ylabel("exit NLL (nats per token)")
         line(ax, *band(diagnosis, "nll_exit"), color=BLUE, marker="o", label="as it is")
-        usable = {"color": ORANGE, "marker": "s", "linestyle": "--", "label": "usable (translator)"}
+        usable: Style = {"color": ORANGE, "marker": "s", "linestyle": "--", "label": "usable (translator)"}
         line(ax, *band(diagnosis, "nll_usable"), **usable)
         legend(ax, title=short(about["model"]))
         loops, withheld = band(diagnosis, "withheld")

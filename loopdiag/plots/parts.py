@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost import Estimate
-from loopdiag.gaincost.bootstrap import interval, resampled_means
+
+Style = dict[str, Any]
 
 COLUMN = (3.5, 3.2)  # inches, as wide as one column of a paper
 PAGE = (7.0, 4.8)  # as wide as both
@@ -26,7 +28,7 @@ BLACK, GREY, SHADE = "0.1", "0.4", "0.92"
 MARGIN = 0.4  # loops, left and right of the outermost
 LONGEST_NAME = 40
 
-PAPER = {
+PAPER: dict[Any, Any] = {
     **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize"), 8),
     **dict.fromkeys(("legend.fontsize", "legend.title_fontsize"), 8),
     **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
@@ -36,7 +38,7 @@ PAPER = {
     "axes.spines.right": False,
 }
 
-REFERENCE = {"color": GREY, "linestyle": ":", "marker": "."}
+REFERENCE: Style = {"color": GREY, "linestyle": ":", "marker": "."}
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
@@ -57,11 +59,9 @@ def band(diagnosis: Diagnosis, name: str) -> tuple[np.ndarray, Estimate]:
     not hold the measure.
     """
     nowhere = np.empty(0)
-    if name not in diagnosis.data:
+    if name not in diagnosis.data or diagnosis.data[name].isnull().all():
         return nowhere, Estimate(nowhere, nowhere, nowhere)
     values = diagnosis.data[name].sel(loop=slice(1, None)).dropna("loop", how="all").dropna("document")
-    if not values.size:
-        return nowhere, Estimate(nowhere, nowhere, nowhere)
     draws = resampled_means(values.values, values["source"].values)
     return values["loop"].values, Estimate(values.values.mean(0), *interval(draws))
 
@@ -78,7 +78,7 @@ def line(ax: Axes, loops: np.ndarray, estimate: Estimate, **style: Any) -> None:
     mean, low, high = (np.where(zero, np.nan, values) for values in (mean, low, high))
     (drawn,) = ax.plot(loops, mean, **style)
     if zero.any():
-        at_the_foot = {"transform": ax.get_xaxis_transform(), "color": drawn.get_color(), "clip_on": False}
+        at_the_foot: Style = {"transform": ax.get_xaxis_transform(), "color": drawn.get_color(), "clip_on": False}
         ax.plot(loops[zero], np.zeros(zero.sum()), "v", label="zero", **at_the_foot)
     if len(loops) == 1:  # A band as wide as its one point could not be seen.
         loops, low, high = loops + np.array((-0.05, 0.05)), low.repeat(2), high.repeat(2)
@@ -97,7 +97,7 @@ def loop_axis(ax: Axes, first: int, last: int, trained: int, label: str | None =
 class _Decades(LogLocator):
     """Ticks at 1, 2 and 5 times powers of ten, or at powers of ten only where these would crowd."""
 
-    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         self.set_params(subs=(1, 2, 5) if vmax < 1000 * vmin else (1,))
         return super().tick_values(vmin, vmax)
 
@@ -113,8 +113,8 @@ def log_axis(ax: Axes) -> None:
 def legend(ax: Axes, *others: Axes, title: str | None = None) -> None:
     """A legend above the axes, where no data can be under it; shades last."""
     handles = [handle for each in (ax, *others) for handle in each.get_legend_handles_labels()[0]]
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "borderpad": 0.2}
-    spacing = {"columnspacing": 1.2, "handlelength": 2.2, "handletextpad": 0.5, "labelspacing": 0.3}
+    place: Style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "borderpad": 0.2}
+    spacing: Style = {"columnspacing": 1.2, "handlelength": 2.2, "handletextpad": 0.5, "labelspacing": 0.3}
     if handles or title:
         handles.sort(key=lambda handle: isinstance(handle, Patch))
         ax.legend(handles=handles, title=title, ncols=2, frameon=False, alignment="left", **place, **spacing)
@@ -133,7 +133,7 @@ def intervals(documents: int) -> str:
 def note(ax: Axes, *sentences: str) -> None:
     """Small print below the axes."""
     text = textwrap.fill(" ".join(sentences), 50)
-    under = {"xytext": (0, -3), "textcoords": "offset points", "ha": "center", "va": "top"}
+    under: Style = {"xytext": (0, -3), "textcoords": "offset points", "ha": "center", "va": "top"}
     ax.annotate(text, (0.5, 0), xycoords=ax.xaxis.label, color=GREY, **under)
 
 

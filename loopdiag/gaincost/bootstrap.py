@@ -1,1 +1,0 @@
-from loopdiag.bootstrap import DRAWS, interval, resampled_means  # noqa
