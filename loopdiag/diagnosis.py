@@ -117,7 +117,7 @@ class Diagnosis:
         try:
             data = xr.load_dataset(path, engine="h5netcdf")
             schema = json.loads(data.attrs["provenance"])["schema"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DiagnosisError(f"{path} is not a diagnosis: {type(error).__name__}: {error}.") from None
         if schema != SCHEMA:
             raise DiagnosisError(
@@ -162,7 +162,10 @@ def diagnose(
         raise DiagnosisError("The model has no tokenizer: its folder holds none, so text cannot be read.")
     if max_tokens is not None and max_tokens > longest:
         raise DiagnosisError(f"max_tokens = {max_tokens} is beyond this model, which was made for {longest}.")
-    fit, report = (tokenize(half, model.tokenizer, max_tokens or longest) for half in (corpus.fit, corpus.report))
+    max_tokens = longest if max_tokens is None else max_tokens
+    if not corpus.report:
+        raise DiagnosisError(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
+    fit, report = (tokenize(half, model.tokenizer, max_tokens) for half in (corpus.fit, corpus.report))
     rank_tokens = matched_tokens(report)
     tell = progress or (lambda what, done, of: None)
 
@@ -196,7 +199,7 @@ def diagnose(
         "documents_fit": len(fit),
         "documents_too_short": len(corpus) - len(fit) - len(report),
         "tokens": sum(len(document.input_ids) - 1 for document in report),
-        "max_tokens": max_tokens or longest,
+        "max_tokens": max_tokens,
         "rank_tokens": rank_tokens,
         "ridges": {f"{kind} {loop}": ridge for (kind, loop), ridge in sorted(fitted.ridges.items())}
         if fitted
@@ -218,6 +221,7 @@ def matched_tokens(documents: Sequence[TokenDocument]) -> int:
     return min(LONGEST_RANK, lengths[len(lengths) // 10])
 
 
+@torch.no_grad()
 def measure(trace: LoopTrace, rank_tokens: int) -> dict[str, Tensor]:
     """Every measure of one batch but the readouts, each with the document first."""
     return {

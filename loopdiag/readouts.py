@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loopdiag.errors import InputError
 from loopdiag.measures.reduce import at_least_float32, over_tokens
 from loopdiag.model.decoder import shift
 from loopdiag.trace import LoopTrace
@@ -62,7 +63,7 @@ class Translator(nn.Module):
     def __init__(self, mean: Tensor, std: Tensor, scale: Tensor, adds: bool) -> None:
         super().__init__()
         self.mean, self.std, self.scale = mean, std, scale
-        self.A = nn.Parameter(torch.zeros(len(mean), len(mean), device=mean.device))
+        self.A = nn.Parameter(mean.new_zeros(len(mean), len(mean)))
         self.c = nn.Parameter(torch.zeros_like(mean) if adds else mean / scale)
 
     def forward(self, x: Float[Tensor, "token d_model"], state: Tensor | None) -> Float[Tensor, "token d_model"]:
@@ -116,11 +117,14 @@ def fit_readouts(
         ridges: What to choose from.
 
     Raises:
-        ValueError: Documents of one source only, which cannot be dealt into folds.
+        InputError: Documents of one source only, which cannot be dealt into folds.
     """
     sources = sorted({document.source for document in documents})
     if len(sources) < FOLDS:
-        raise ValueError(f"fit_readouts needs documents of at least {FOLDS} sources, and was given {len(sources)}.")
+        raise InputError(
+            f"Readouts are fitted on documents of at least {FOLDS} sources, and were given {len(sources)}: "
+            "give more, or diagnose with readouts=False."
+        )
     fold_of = {source: index % FOLDS for index, source in enumerate(sources)}
     losses: defaultdict[tuple[Named, float], float] = defaultdict(float)
     for fold in range(FOLDS):
@@ -166,7 +170,7 @@ def _moments(traces: Iterable[LoopTrace]) -> tuple[dict[Named, tuple[Tensor, Ten
     sums: dict[Named, list[Tensor]] = {}
     tokens = 0
     for trace in traces:
-        predicts = trace.predicts
+        predicts, dtype = trace.predicts, at_least_float32(trace.raw).dtype
         tokens += int(predicts.sum())
         for name, x, state in _inputs(trace):
             h, scaled = x[predicts].double(), (x if state is None else state)[predicts].double()
@@ -176,7 +180,8 @@ def _moments(traces: Iterable[LoopTrace]) -> tuple[dict[Named, tuple[Tensor, Ten
     for name, (total, squares, power) in sums.items():
         mean = total / tokens
         std = (squares / tokens - mean.square()).clamp_min(1e-12).sqrt()
-        moments[name] = (mean.float(), std.float(), (power / tokens).sqrt().float())
+        scale = (power / tokens).sqrt()
+        moments[name] = (mean.to(dtype), std.to(dtype), scale.to(dtype))
     return moments, tokens
 
 
@@ -215,7 +220,7 @@ def _nll(
 @torch.no_grad()
 def _losses(translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None) -> Float[Tensor, "document pos"]:
     """NLL of every predicting token, 0 elsewhere; the vocabulary is processed in blocks of tokens."""
-    losses = torch.zeros(trace.mask.shape, device=x.device)
+    losses = at_least_float32(x.new_zeros(trace.mask.shape))
     for part in _parts(trace):
         losses[part] = _nll(translator, trace, x, state, part).to(losses.dtype)
     return losses

@@ -123,7 +123,7 @@ def record(model: LoopedLM, batch: Batch, n_loops: int | None = None) -> LoopTra
     n_loops = model.cfg.n_loops if n_loops is None else n_loops
     model.ensure_loops(n_loops)
     device = model.embed.weight.device
-    input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()
     gated = [loop for loop in range(2, n_loops + 1) if model.cfg.memory == "first"]
     layers = range(model.cfg.n_layers)
     names = {"hook_embed"} | {

@@ -17,31 +17,6 @@ from loopdiag import cli
 from loopdiag.model.loading import BUNDLED
 
 SMALL = ["--documents", "16", "--max-tokens", "48", "--quiet"]
-CONTRACT = {
-    "schema": int,
-    "model": str,
-    "trained_loops": int,
-    "run_loops": int,
-    "documents": int,
-    "tokens": int,
-    "price_nats_per_loop": float,
-    "verdict": str,
-    "recommended_loops": int | None,
-    "why_undetermined": str | None,
-    "support": dict,
-    "contenders": list,
-    "break_even": list,
-    "predicted_training_loops": int | None,
-    "lenses": dict,
-    "loops": list,
-    "provenance": dict,
-}
-ROW = {
-    *("loop", "extrapolated", "nll_exit", "nll_exit_low", "nll_exit_high", "gain", "cost", "net_gain", "nll_usable"),
-    *("withheld", "rank", "entropy", "output_shift", "output_shift_reverse", "output_shift_js", "step_size"),
-    *("relative_step", "state_cosine", "cos_update", "cos_reference", "effective_rank", "effective_rank_centred"),
-    *("omega", "omega_relative", "omega_random", "gate_mean"),
-}
 
 
 def run(*arguments: str | Path):
@@ -58,26 +33,19 @@ def answered(tmp_path_factory):
     return folder, result
 
 
-def test_the_json_keeps_its_contract(answered):
-    """docs/json.md: keys and types, one row per loop, null where undefined, and the document lists them all."""
+def test_the_json_file_is_the_answer(answered):
+    """`--json FILE` holds the whole contract (tests/test_answer.py), measured on the half that was not fitted on."""
     told = json.loads((answered[0] / "a.json").read_text())
-    assert set(told) == set(CONTRACT)
-    for key, kind in CONTRACT.items():
-        assert isinstance(told[key], kind), key
     assert [row["loop"] for row in told["loops"]] == [1, 2, 3, 4]
-    assert all(set(row) == ROW for row in told["loops"])
-    assert told["loops"][0]["cos_update"] is None
-    assert told["loops"][0]["withheld"] is None
-    assert sum(told["support"].values()) == pytest.approx(1)
-    assert (told["verdict"] == "recommended") == (told["recommended_loops"] is not None)
-    text = (Path(__file__).parents[1] / "docs" / "json.md").read_text()
-    assert all(f"`{key}`" in text for key in {*CONTRACT, *ROW})
+    assert (told["documents"], told["provenance"]["documents_fit"], told["tokens"]) == (8, 8, 8 * 47)
+    assert all(row["nll_usable"] is not None for row in told["loops"])
 
 
 def test_the_table_shows_the_evidence_and_both_answers(answered):
     """A person reads per-loop evidence, both answers, support, price, break-evens and lenses on stdout."""
     _, result = answered
-    for said in ("exit NLL [95 %]", "gain", "cost/", "usable", "rank", "cos (ref.)", "support", "price", "break-even", "lenses"):
+    columns = ("exit NLL [95 %]", "gain", "cost/", "usable", "rank", "cos (ref.)")
+    for said in (*columns, "support", "price", "break-even", "lenses"):
         assert said in result.stdout
     assert "Run this checkpoint with how many loops? (measured)" in result.stdout
     assert "Train with how many loops? (predicted, provisional" in result.stdout

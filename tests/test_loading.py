@@ -45,7 +45,9 @@ def test_the_family_differs_in_the_loop_count_alone():
     assert len({(BUNDLED / name / "tokenizer.json").read_bytes() for name in ld.bundled_models()}) == 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"tie_embeddings": False}, {"gate_input": "query", "norm_between_loops": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"tie_embeddings": False}, {"gate_input": "query", "norm_between_loops": False}]
+)
 def test_save_and_load_give_the_same_model(tmp_path, settings):
     """Configuration and logits survive; nothing but whole files is left."""
     model = small(**settings)
@@ -120,7 +122,7 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch):
         raise OSError("no route to host\nand much more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(LoadError, match="'somebody/some-plt' is no folder here, and the hub did not give it: OSError: no"):
+    with pytest.raises(LoadError, match=r"is no folder here, and the hub did not give it: OSError: no route to host$"):
         ld.load("somebody/some-plt")
 
 

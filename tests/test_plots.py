@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from loopdiag import plots
+from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost import gain_cost, recommend
-from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.plots.parts import PAPER
 
 LEVELS = {  # by loop 1, 2, ...: a half-trained model with a useless last loop

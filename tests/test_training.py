@@ -54,7 +54,8 @@ def test_no_package_is_in_both_lists():
 def test_files_that_copy_held_out_text_are_dropped(monkeypatch):
     """Five lines in a row shared with a held-out document keep a file out of the training text."""
     shared = "\n".join(f"line number {n} of five" for n in range(5))
-    files = [sources.SourceFile("p", "copy.py", f"import os\n{shared}\n"), sources.SourceFile("p", "own.py", "x = 1\n" * 9)]
+    texts = {"copy.py": f"import os\n{shared}\n", "own.py": "x = 1\n" * 9}
+    files = [sources.SourceFile("p", path, text) for path, text in texts.items()]
     monkeypatch.setattr(sources, "TRAINING_PACKAGES", ("p",))
     monkeypatch.setattr(sources, "package_files", lambda package: iter(files))
     assert [file.path for file in sources.training_files([shared], 1000)] == ["own.py"]
@@ -70,7 +71,7 @@ def test_a_stream_that_is_too_short_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    """Stopped in the sixth batch and called again, training ends where an unbroken run does; a third call does nothing."""
+    """Stopped in the sixth batch and called again, training ends as an unbroken run does; a third call does nothing."""
     whole = train(TINY, SHORT, STREAM, HELD_OUT, tmp_path / "whole").state_dict()
 
     step, seen = LoopedTrainer.training_step, []
@@ -92,5 +93,5 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     for name in whole:
         torch.testing.assert_close(again[name], whole[name], rtol=0, atol=0)
         assert torch.equal(finished[name], whole[name])
-    losses = [entry["eval_loss"] for entry in json.loads((tmp_path / "stopped" / "log.json").read_text()) if "eval_loss" in entry]
-    assert len(losses) == 2
+    log = json.loads((tmp_path / "stopped" / "log.json").read_text())
+    assert len([entry for entry in log if "eval_loss" in entry]) == 2

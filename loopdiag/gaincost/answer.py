@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from loopdiag.bootstrap import DRAWS
 from loopdiag.diagnosis import DEFINITIONS, Diagnosis
 from loopdiag.gaincost.curve import gain_cost
 from loopdiag.gaincost.decision import Recommendation
@@ -28,6 +29,7 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
         "verdict": recommendation.verdict,
         "recommended_loops": recommendation.recommended_loops,
         "why_undetermined": recommendation.why or None,
+        "bootstrap": {"seed": recommendation.seed, "draws": DRAWS},
         "support": {str(loop): share for loop, share in recommendation.support.items()},
         "contenders": list(recommendation.contenders),
         "break_even": [asdict(step) for step in recommendation.break_even],

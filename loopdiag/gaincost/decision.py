@@ -17,6 +17,7 @@ from loopdiag.diagnosis import Diagnosis
 PRICE = 0.01
 CONTENDER = 0.10
 MAJORITY = 0.50
+ROUNDING = 1e-9  # nats; differences below it are arithmetic
 FEWEST_SOURCES = 5  # fewer cannot say how much sources differ, and every error would come out too small
 COST_OVER_GAIN = 0.50
 
@@ -84,8 +85,8 @@ class Recommendation:
 def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> Recommendation:
     """Recommend loop counts from a diagnosis.
 
-    Question 1 is measured: utility(r) = -nll_exit(r) - price * (r - 1); the smallest r within one standard error of the
-    best, the error being that of the paired difference to the best. Undetermined when no r is picked in half of the
+    Question 1 is measured: utility(r) = -nll_exit(r) - price * (r - 1); the smallest r that no larger one beats by more
+    than one standard error of their paired difference. Undetermined when that r is picked in less than half of the
     resamples, when the data leave room (95 %) for another count to be better than the pick by more than the price, or
     when the documents come from fewer than five sources.
 
@@ -114,8 +115,8 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
     picks = np.array([_rule(draw, errors) for draw in draws])
     support = {int(loop): float((picks == index).mean()) for index, loop in enumerate(loops)}
     pick = int(loops[picked])
-    if (n_sources := len(np.unique(sources))) < FEWEST_SOURCES:
-        why = f"the documents come from {n_sources} sources, too few to tell how sure an answer is"
+    if len(loops) > 1 and len(np.unique(sources)) < FEWEST_SOURCES:
+        why = f"the documents come from fewer than {FEWEST_SOURCES} sources, too few to tell how sure an answer is"
     else:
         why = _doubt(utility.mean(0), draws, picked, support[pick], price, loops)
     about = diagnosis.provenance
@@ -126,7 +127,7 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         recommended_loops=None if why else pick,
         pick=pick,
         why=why,
-        price=price,
+        price=float(price),
         support=support,
         contenders=tuple(loop for loop, share in support.items() if share >= CONTENDER),
         break_even=break_even(nll.mean(0)),
@@ -139,9 +140,14 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
 
 
 def _rule(utility: PerLoop, errors: Float[np.ndarray, "loop loop"]) -> int:
-    """Index of the smallest count within one standard error of the best."""
-    best = int(utility.argmax())
-    return int(np.flatnonzero(utility[best] - utility <= errors[best])[0])
+    """Index of the smallest count that no larger one beats by more than one standard error.
+
+    Where the errors are alike this is the smallest count within one standard error of the best. Where the best is
+    noisy, it does not let in a count that a third one clearly beats, and a higher price never picks more loops.
+    """
+    ahead = utility - utility[:, None]  # [count, rival]
+    beaten = np.triu(ahead > errors + ROUNDING, 1).any(1)
+    return int((~beaten).argmax())
 
 
 def _doubt(
@@ -154,16 +160,16 @@ def _doubt(
 ) -> str:
     """Why the pick does not stand, or an empty string."""
     if support < MAJORITY:
-        return f"no loop count is picked in {MAJORITY:.0%} of the resamples"
+        return f"{loops[picked]} would be picked in {support:.0%} of the resamples only"
     ahead = draws - draws[:, [picked]]
     half_width = (np.percentile(ahead, 97.5, axis=0) - np.percentile(ahead, 2.5, axis=0)) / 2
     room = utility - utility[picked] + half_width
     room[picked] = -np.inf
     rival = int(room.argmax())
-    if room[rival] > price:
+    if room[rival] > price + ROUNDING:
         return (
-            f"{loops[rival]} loops could be better than {loops[picked]} by {room[rival]:.3f} nats per token, "
-            "more than the price"
+            f"{loops[rival]} instead of {loops[picked]} could be better by {room[rival]:.3f} nats per token, "
+            "price paid, which is more than the price"
         )
     return ""
 
@@ -203,7 +209,7 @@ def describe(steps: tuple[BreakEven, ...]) -> str:
 
 def cost_gain(gain: PerLoop, cost: PerLoop) -> int | None:
     """The last loop before cost/gain reaches 0.5."""
-    if len(gain) <= 2:
+    if len(gain) <= 2 or np.isnan(gain[2:]).any() or np.isnan(cost[2:]).any():
         return None
     over = np.flatnonzero(cost[2:] >= COST_OVER_GAIN * gain[2:])
     return int(over[0]) + 1 if len(over) else len(gain) - 1
@@ -226,7 +232,7 @@ def paper_rule(effective_rank: PerLoop) -> int | None:
 
 def shift_knee(output_shift: PerLoop) -> int | None:
     """The loop after which the output shift falls by the largest factor, of 2..R; the last loop if it never falls."""
-    shift = output_shift[2:]
+    shift = np.maximum(output_shift[2:], ROUNDING)
     if len(shift) < 2 or np.isnan(shift).any():
         return None
     fall = shift[:-1] / shift[1:]

@@ -35,7 +35,7 @@ def document_rank(trace: LoopTrace, tokens: int, centred: bool = False) -> Float
     """Effective rank of the first `tokens` real tokens' N(Y) of each document, loops 0..R.
 
     The rank is bounded by the number of tokens and grows with it, so documents and loops are compared at the same
-    number. NaN for documents with fewer real tokens.
+    number. NaN for documents with fewer real tokens, and where all states are zero (equal, when centred).
 
     Args:
         trace: The batch.
@@ -47,5 +47,9 @@ def document_rank(trace: LoopTrace, tokens: int, centred: bool = False) -> Float
         if int(real.sum()) < tokens:
             continue
         h = trace.readout[:, document, real][:, :tokens].double()
-        ranks[document] = effective_rank(h - h.mean(1, keepdim=True) if centred else h).cpu()
+        size = h.norm(dim=(1, 2))
+        if centred:
+            h = h - h.mean(1, keepdim=True)
+        some = h.norm(dim=(1, 2)) > 1e-12 * size  # what centring leaves of equal states is rounding
+        ranks[document, some.cpu()] = effective_rank(h[some]).cpu()
     return ranks

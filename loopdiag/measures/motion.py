@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -45,13 +45,13 @@ def state_cosine(trace: LoopTrace) -> PerLoop:
 def cos_update(trace: LoopTrace) -> PerLoop:
     """Cosine of successive updates, cos(Y_r - Y_{r-1}, Y_{r-1} - Y_{r-2}), mean over tokens.
 
-    -1 (each loop undoes the last) to 1 (straight on); NaN at loops 0 and 1. Read it beside `cos_reference`: a
-    negative value alone is no oscillation.
+    -1 (each loop undoes the last) to 1 (straight on); NaN at loops 0 and 1, and where nothing moves. Read it beside
+    `cos_reference`: a negative value alone is no oscillation.
 
     Source: arXiv 2606.18023, angular change.
     """
     y = at_least_float32(trace.raw)
-    return over_tokens(_turn(y[:-2], y[1:-1], y[2:]), trace.mask)
+    return _turn(y[:-2], y[1:-1], y[2:], trace.mask)
 
 
 def cos_reference(trace: LoopTrace) -> PerLoop:
@@ -59,7 +59,8 @@ def cos_reference(trace: LoopTrace) -> PerLoop:
 
     The three states of each turn are taken from tokens a third of the document apart, which keeps every loop's
     norms and mean state and breaks what one token's states have to do with each other. For unrelated states of equal
-    norm and no mean it is -0.5, and -0.71 at loop 2 when the embedding is small. NaN at loops 0 and 1.
+    norm and no mean it is -0.5, and -0.71 at loop 2 when the embedding is small. NaN at loops 0 and 1, and for
+    documents of fewer than three tokens.
     """
     y = at_least_float32(trace.raw)
     before, middle, after = y[:-2].clone(), y[1:-1].clone(), y[2:]
@@ -67,9 +68,14 @@ def cos_reference(trace: LoopTrace) -> PerLoop:
         third = int(real.sum()) // 3
         before[:, document, real] = before[:, document, real].roll(2 * third, dims=1)
         middle[:, document, real] = middle[:, document, real].roll(third, dims=1)
-    return over_tokens(_turn(before, middle, after), trace.mask)
+    enough = trace.mask.sum(1, keepdim=True) >= 3
+    return _turn(before, middle, after, trace.mask & enough)
 
 
-def _turn(before: Tensor, middle: Tensor, after: Tensor) -> Float[Tensor, "loop document pos"]:
-    cosine = cosine_similarity(after - middle, middle - before, dim=-1)
-    return torch.cat((undefined(cosine, 2), cosine))
+def _turn(before: Tensor, middle: Tensor, after: Tensor, kept: Bool[Tensor, "document pos"]) -> PerLoop:
+    """Mean cosine of two successive updates over the kept tokens that both of them move."""
+    first, second = middle - before, after - middle
+    moved = (first != 0).any(-1) & (second != 0).any(-1)
+    cosine = cosine_similarity(second, first, dim=-1)
+    none = undefined(cosine, 2)
+    return over_tokens(torch.cat((none, cosine)), kept & torch.cat((none.isnan(), moved)))

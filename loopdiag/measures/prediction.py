@@ -42,11 +42,11 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
     predicts = trace.predicts
     targets = trace.input_ids.roll(-1, dims=1)[predicts]
     states = trace.readout[:, predicts]  # [loop, token, d_model]
-    width = trace.head(states[:1, :1]).shape[-1]
+    width = trace.head(trace.readout[:1, :1, :1]).shape[-1]
     block = max(1, LOGITS_AT_A_TIME.get(states.device.type, LOGITS_ELSEWHERE) // (width * len(states)))
     parts = [
         _exits_of(at_least_float32(trace.head(states[:, start : start + block])), targets[start : start + block])
-        for start in range(0, len(targets), block)
+        for start in range(0, max(1, len(targets)), block)
     ]
     results = {}
     for name in parts[0]:
@@ -86,7 +86,9 @@ def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _median(values: Float[Tensor, "loop document pos"], kept: Tensor) -> PerLoop:
-    """Median over the kept tokens of each document (the mean of the middle two)."""
-    return torch.stack(
-        [torch.quantile(values[:, document, real].double(), 0.5, dim=-1) for document, real in enumerate(kept)]
-    )
+    """Median over the kept tokens of each document (the mean of the middle two); NaN for a document without any."""
+    medians = values.new_full((len(kept), len(values)), float("nan"), dtype=torch.float64)
+    for document, real in enumerate(kept):
+        if real.any():
+            medians[document] = torch.quantile(values[:, document, real].double(), 0.5, dim=-1)
+    return medians

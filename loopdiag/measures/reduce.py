@@ -13,7 +13,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def over_tokens(
-    values: Float[Tensor, "loop document pos"], kept: Bool[Tensor, "document pos"]
+    values: Float[Tensor, "loop document pos"], kept: Bool[Tensor, "*loop document pos"]
 ) -> Float[Tensor, "document loop"]:
     """Mean over the kept tokens of each document; NaN for a document without any."""
     return torch.where(kept, values, 0.0).sum(-1).div(kept.sum(-1)).T

@@ -303,7 +303,7 @@ def shift(carry: State, offset: int, real: Tensor | None = None) -> State:
     if offset == 0:
         return carry
     if real is not None:
-        carry = carry * real.unsqueeze(-1)
+        carry = carry.masked_fill(~real.unsqueeze(-1), 0)
     return F.pad(carry, (0, 0, offset, 0))[:, : carry.shape[1]]
 
 
