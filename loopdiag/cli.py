@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -87,7 +88,7 @@ JsonOption = Annotated[
 ]
 FiguresOption = Annotated[Path | None, typer.Option("--figures", help="Draw the figures into this folder.")]
 SaveOption = Annotated[Path | None, typer.Option("--save", help="Keep the diagnosis in this file (netCDF).")]
-QuietOption = Annotated[bool, typer.Option("--quiet/--no-quiet", help="Nothing on stderr but errors.")]
+QuietOption = Annotated[bool, typer.Option("--quiet/--no-quiet", help="No progress and no notes on stderr.")]
 
 
 @app.command()
@@ -165,7 +166,7 @@ def diagnose(
         _check_outputs(save)
         run = Run(model, data, documents, max_tokens, loops, batch_size, seed, revision, device, dtype, quiet)
         run.diagnosis().save(save)
-        stdout.print(str(save), soft_wrap=True, highlight=False)
+        stdout.print(str(save), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -298,11 +299,17 @@ def _check_outputs(*files: str | Path | None, folder: Path | None = None) -> Non
         if not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
             raise InputError(f"{file} cannot be written: {file.absolute().parent} is no folder that can be written to.")
         if file.exists():
-            stderr.print(f"note: {file} is there and will be replaced", markup=False, highlight=False, soft_wrap=True)
+            _note(f"{file} is there and will be replaced")
     if folder is not None:
         nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise InputError(f"{folder} cannot be made: {nearest} is no folder that can be written to.")
+        if nearest == folder.absolute() and any(folder.iterdir()):
+            _note(f"figures of the same names in {folder} will be replaced")
+
+
+def _note(message: str) -> None:
+    stderr.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(file: Path, text: str) -> None:
@@ -333,11 +340,9 @@ def _print_notes(diagnosis: Diagnosis) -> None:
     """What happened to the documents, on stderr."""
     about = diagnosis.provenance
     if about["documents_cut"]:
-        stderr.print(
-            f"note: {about['documents_cut']} of {about['documents']} documents were cut at {about['max_tokens']} tokens"
-        )
+        _note(f"{about['documents_cut']} of {about['documents']} documents were cut at {about['max_tokens']} tokens")
     if about["documents_too_short"]:
-        stderr.print(f"note: {about['documents_too_short']} documents were left out: too short")
+        _note(f"{about['documents_too_short']} documents were left out: too short")
 
 
 def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
@@ -346,9 +351,9 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
 
     beyond = ", the loops with a star beyond training" if told["run_loops"] > told["trained_loops"] else ""
     table = Table(
-        title=f"{told['model']}: trained with {told['trained_loops']} loops, run with {told['run_loops']}{beyond}",
+        title=f"{escape(told['model'])}: trained with {told['trained_loops']} loops, run with {told['run_loops']}{beyond}",
         caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus "
-        f"{told['provenance']['corpus']}. "
+        f"{escape(told['provenance']['corpus'])}. "
         "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
         box=None,  # at three digits the columns just fit into 80 characters
         padding=(0, 2, 0, 0),
@@ -356,20 +361,12 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
         title_justify="left",
         caption_justify="left",
     )
-    for heading in (
-        "loop",
-        "exit NLL \\[95 %]",
-        "gain",
-        "cost",
-        "cost/\ngain",
-        "usable\nNLL",
-        "eff.\nrank",
-        "cos (ref.)",
-    ):
+    headings = "loop|exit NLL [95 %]|gain|cost|cost/\ngain|usable\nNLL|eff.\nrank|cos (ref.)"
+    for heading in escape(headings).split("|"):
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for row in told["loops"]:
         ratio = row["cost"] / row["gain"] if row["gain"] else None
-        cos = "" if row["cos_update"] is None else f"{row['cos_update']:.2f} ({row['cos_reference']:.2f})"
+        cos = f"{_cell(row['cos_update'], 2)} ({_cell(row['cos_reference'], 2)})" if row["loop"] > 1 else ""
         table.add_row(
             f"{row['loop']}{'*' if row['extrapolated'] else ''}",
             f"{row['nll_exit']:.3f} [{row['nll_exit_low']:.3f}, {row['nll_exit_high']:.3f}]",
@@ -396,7 +393,7 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
 
 
 def _cell(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def main() -> None:

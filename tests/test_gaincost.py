@@ -361,6 +361,12 @@ def test_a_price_that_is_none(price):
         recommend(planted([4.0, 3.5]), price)
 
 
+def test_a_model_that_breaks_down_is_not_recommended():
+    """A loop without a finite NLL is named; comparisons with NaN would quietly favour one loop."""
+    with pytest.raises(ValueError, match="after loop 2 is not finite"):
+        recommend(planted([4.0, nan, 3.0]))
+
+
 @pytest.mark.parametrize("price", [0, 0.01, 5.0])
 def test_one_loop_works_everywhere(price):
     """R = 1: the only answer, with full support, nothing to break even with, and two lenses that can speak."""

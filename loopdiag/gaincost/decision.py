@@ -98,7 +98,7 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: `price` is negative or not finite.
+        ValueError: `price` is negative or not finite, or the NLL of a loop is not finite.
     """
     if not (math.isfinite(price) and price >= 0):
         raise ValueError(
@@ -106,6 +106,9 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         )
     nll = diagnosis.data["nll_exit"].values[:, 1:]
     loops = diagnosis.loops
+    if not np.isfinite(nll).all():
+        broken = loops[~np.isfinite(nll).all(0)]
+        raise ValueError(f"The NLL after loop {broken[0]} is not finite, so there is nothing to recommend from.")
     utility = -nll - price * (loops - 1)
     sources = diagnosis.data["source"].values
     draws = resampled_means(utility, sources, seed=seed)
