@@ -350,10 +350,10 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
     from loopdiag.gaincost.decision import describe
 
     beyond = ", the loops with a star beyond training" if told["run_loops"] > told["trained_loops"] else ""
+    model, corpus = escape(told["model"]), escape(told["provenance"]["corpus"])
     table = Table(
-        title=f"{escape(told['model'])}: trained with {told['trained_loops']} loops, run with {told['run_loops']}{beyond}",
-        caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus "
-        f"{escape(told['provenance']['corpus'])}. "
+        title=f"{model}: trained with {told['trained_loops']} loops, run with {told['run_loops']}{beyond}",
+        caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {corpus}. "
         "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
         box=None,  # at three digits the columns just fit into 80 characters
         padding=(0, 2, 0, 0),

@@ -153,7 +153,7 @@ def test_each_ridge_is_chosen_by_unseen_documents():
 
 
 def test_folds_are_dealt_by_source():
-    """Every call records one fold or all; folds share no source, and what judges a fit is not what it was made on."""
+    """Every call records one fold or all; folds are equal and share no source, and judge fits made on the other."""
     calls = []
     trace = random_trace(dtype=torch.float32)
 
@@ -161,10 +161,11 @@ def test_folds_are_dealt_by_source():
         calls.append(frozenset(documents))
         return [trace]
 
-    documents = [Planted(seed, f"source {'abcab'[seed % 5]}") for seed in range(10)]
+    documents = [Planted(seed, f"source {'abcdab'[seed % 6]}") for seed in range(12)]
     fit_readouts(documents, spy)
     one, other = calls[0], calls[readouts.PASSES + 1]
     assert one | other == set(documents)
+    assert sorted(len({document.source for document in fold}) for fold in (one, other)) == [2, 2]
     assert not {document.source for document in one} & {document.source for document in other}
     recorded = readouts.PASSES + 1  # once for the moments
     assert calls == [*[one] * recorded, other, *[other] * recorded, one, *[one | other] * recorded]
