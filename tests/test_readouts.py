@@ -284,6 +284,7 @@ def test_models_of_any_precision(dtype):
     expected = fit_on(record(model, batch)).measure(record(model, batch))
     trace = record(model.to(dtype), batch)
     values = fit_on(trace).measure(trace)
+    assert {value.dtype for value in values.values()} == {torch.promote_types(dtype, torch.float32)}
     for name in expected:  # of at most 10 nats. Measured: 0.04 in bfloat16, 0.005 in float16
         torch.testing.assert_close(values[name].float(), expected[name], atol=0.2, rtol=0, equal_nan=True)
 
