@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +116,9 @@ class Diagnosis:
         if not Path(path).is_file():
             raise DiagnosisError(f"{path} is no file: give a diagnosis that `loopdiag diagnose --save` wrote.")
         try:
-            data = xr.load_dataset(path, engine="h5netcdf")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about other people's HDF5 files, refused below
+                data = xr.load_dataset(path, engine="h5netcdf")
             schema = json.loads(data.attrs["provenance"])["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DiagnosisError(f"{path} is not a diagnosis: {type(error).__name__}: {error}.") from None

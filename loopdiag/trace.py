@@ -33,7 +33,7 @@ class LoopTrace:
         norm: The model's final norm, Y to N(Y).
         head: N(Y) to logits; None where there is no head.
         gate: Weight of the global attention branch [loop, layer, document, pos, head], NaN where a
-            loop has none; None for models without gates.
+            loop has none; None where none has.
     """
 
     input_ids: Int[Tensor, "document pos"]

@@ -617,7 +617,6 @@ def test_centred_rank_of_equal_states():
     assert_same(document_rank(replace(trace, readout=readout), 3), expected, 1e-14)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="equal is judged by 1e-12, whatever the states' dtype")
 @torch.no_grad()
 def test_centred_rank_of_states_that_rounding_tells_apart():
     """One token over and over leaves loop 1 with equal states but for the last bit, which is no direction."""

@@ -308,10 +308,10 @@ def test_the_offset_of_the_trace():
     # A carry tells the token after the next but one: two places on, that is the next token.
     carry = 4 * torch.eye(TOKENS)[trace.input_ids.roll(-3, 1)].expand_as(trace.carry)
     traces = [replace(trace, carry=carry, offset=offset) for offset in (0, 1, 2)]
-    none, one, two = (fit_on(trace, 20).measure(trace)["withheld"][:, 2] for trace in traces)
+    none, one, two = (fit_on(trace, 12).measure(trace)["withheld"][:, 2] for trace in traces)
     assert torch.equal(none, one)
     assert one.mean().abs() < 0.1  # measured: -0.01
-    assert two.mean() < -0.5  # measured: -1.07
+    assert two.mean() < -0.3  # measured: -0.70
 
 
 def test_a_trace_without_a_head():

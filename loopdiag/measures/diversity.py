@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loopdiag.measures.reduce import at_least_float32
 from loopdiag.trace import LoopTrace
 
 
@@ -35,13 +36,15 @@ def document_rank(trace: LoopTrace, tokens: int, centred: bool = False) -> Float
     """Effective rank of the first `tokens` real tokens' N(Y) of each document, loops 0..R.
 
     The rank is bounded by the number of tokens and grows with it, so documents and loops are compared at the same
-    number. NaN for documents with fewer real tokens, and where all states are zero (equal, when centred).
+    number. NaN for documents with fewer real tokens, and where states are all zero (when centred, all equal) or not
+    finite.
 
     Args:
         trace: The batch.
         tokens: Tokens of each document that count.
         centred: Subtract the document's mean state first.
     """
+    rounding = 8 * torch.finfo(at_least_float32(trace.readout).dtype).eps
     ranks = torch.full((len(trace.mask), trace.n_loops + 1), float("nan"), dtype=torch.float64)
     for document, real in enumerate(trace.mask):
         if int(real.sum()) < tokens:
@@ -50,6 +53,6 @@ def document_rank(trace: LoopTrace, tokens: int, centred: bool = False) -> Float
         size = h.norm(dim=(1, 2))
         if centred:
             h = h - h.mean(1, keepdim=True)
-        some = h.norm(dim=(1, 2)) > 1e-12 * size  # what centring leaves of equal states is rounding
+        some = h.norm(dim=(1, 2)) > rounding * size  # what centring leaves of equal states
         ranks[document, some.cpu()] = effective_rank(h[some]).cpu()
     return ranks
