@@ -142,20 +142,20 @@ def card(work: Path) -> str:
     data = json.loads((work / "data.json").read_text())
     logs = {n_loops: json.loads((work / f"plt-{n_loops}" / "log.json").read_text()) for n_loops in LOOPS}
     report = bundled()
-    measured = {}
+    nll: dict[int, np.ndarray] = {}  # [document, loop 0..]
     for n_loops in LOOPS:
         model = load(f"tiny-plt-{n_loops}")
-        nll = diagnose(model, report, n_loops=max(LOOPS), readouts=False).data["nll_exit"]
-        draws = resampled_means(nll.values, nll["source"].values)
-        measured[n_loops] = (nll.values.mean(0), *interval(draws))
+        measured = diagnose(model, report, n_loops=max(LOOPS), readouts=False).data["nll_exit"]
+        nll[n_loops] = measured.values
+    sources = measured["source"].values
     parameters = sum(weight.numel() for weight in model.parameters())
-    own = [
-        (f"{n_loops}", f"{mean[n_loops]:.3f}", f"{low[n_loops]:.3f} to {high[n_loops]:.3f}")
-        for n_loops, (mean, low, high) in measured.items()
-    ]
-    elsewhere = [
-        (f"tiny-plt-{n_loops}", *(f"{value:.3f}" for value in mean[1:])) for n_loops, (mean, _, _) in measured.items()
-    ]
+
+    def shown(values: np.ndarray) -> str:
+        low, high = interval(resampled_means(values, sources))
+        return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
+
+    own = [(f"{n}", shown(nll[n][:, n]), shown(nll[n][:, n] - nll[n - 1][:, n - 1]) if n > 1 else "") for n in LOOPS]
+    elsewhere = [(f"tiny-plt-{n}", *(f"{value:.3f}" for value in nll[n].mean(0)[1:])) for n in LOOPS]
     looks = {
         n_loops: {entry["step"]: float(entry["eval_loss"]) for entry in log if "eval_loss" in entry}
         for n_loops, log in logs.items()
@@ -165,7 +165,7 @@ def card(work: Path) -> str:
         for step in looks[LOOPS[0]]
     ]
     packages = [tuple(facts) for facts in sorted({tuple(facts) for facts in data["training_packages"].values()})]
-    fit, shown = len(report.fit), len(report.report)
+    fit, reported = len(report.fit), len(report.report)
     return f"""# tiny-plt-1 to tiny-plt-4
 
 Parallel Loop Transformers with 1 to 4 loops, trained from scratch by `make family` on Python source. They differ in
@@ -180,16 +180,17 @@ loops, not for writing code. This page is written by the command that trains the
   cosine schedule, batches of {RECIPE.batch_size} x {RECIPE.sequence} tokens, bfloat16 autocast, seed {RECIPE.seed}.
 - **Training text**: {data["training_files"]:,} Python files of the packages below, in hash order, tests and vendored
   copies left out, and so is every file that shares five lines in a row with a held-out document.
-- **Held-out text**: {fit + shown} excerpts from packages that no training file came from, split by package: {fit} to
-  fit readouts, {shown} to report on (`loopdiag/corpus/bundled`, with licences).
+- **Held-out text**: {fit + reported} excerpts from packages that no training file came from, split by package: {fit} to
+  fit readouts, {reported} to report on (`loopdiag/corpus/bundled`, with licences).
 - **One training seed**: the intervals below are over documents and leave it out.
 
 ## Held-out loss
 
-Nats per token on the report documents, cut at {config(1).n_ctx} tokens, with the trained loop count; 95 % bootstrap
-interval over documents, clustered by package.
+Nats per token on the report documents, cut at {config(1).n_ctx} tokens, with the trained loop count; in brackets 95 %
+bootstrap intervals over documents, clustered by package. The change is paired: the same documents, read by the model
+with one loop fewer.
 
-{_table(("loops", "NLL", "95 %"), own)}
+{_table(("loops", "NLL", "change from one loop fewer"), own)}
 
 The same models stopped after each loop, or run beyond what they were trained with:
 
@@ -197,7 +198,7 @@ The same models stopped after each loop, or run beyond what they were trained wi
 
 ## Curves
 
-Loss on all {fit + shown} held-out documents against training tokens.
+Loss on all {fit + reported} held-out documents against training tokens.
 
 {_table(("tokens", *(f"{n_loops} loops" for n_loops in LOOPS)), curves)}
 
