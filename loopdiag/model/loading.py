@@ -70,10 +70,12 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         LoadError: Not a floating type that models run in.
     """
     allowed = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
-    chosen = allowed.get(dtype or "float32", dtype) if dtype is None or isinstance(dtype, str) else dtype
-    if chosen not in allowed.values():
+    if dtype is None:
+        return torch.float32
+    chosen = allowed.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in allowed.values():
         raise LoadError(f"dtype {dtype!r} is not allowed: use {', '.join(allowed)}.")
-    return chosen  # type: ignore[return-value]
+    return chosen
 
 
 def find(model: str | os.PathLike[str], *, revision: str | None = None) -> Path:
