@@ -77,7 +77,12 @@ TokensOption = Annotated[
     int | None, typer.Option("--max-tokens", help="Cut documents here; what the model allows if not given.")
 ]
 LoopsOption = Annotated[int | None, typer.Option("--loops", help="Loops to run; the trained number if not given.")]
-PriceOption = Annotated[float, typer.Option("--price", help="Nats per token that an extra loop must bring.")]
+PriceOption = Annotated[
+    float,
+    typer.Option(
+        "--price", help="Nats per token that an extra loop must bring; also how finely the answer must be told."
+    ),
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Documents of a batch.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the fits and the bootstrap.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Commit or tag of a model on the hub.")]
@@ -118,7 +123,11 @@ def recommend(
             raise InputError(
                 f"--price {price} is out of range: allowed is a number >= 0, in nats per token and loop. Try 0.01."
             )
-        _check_outputs(json if json != "-" else None, save, folder=figures)
+        to_json = None if json in (None, "-") else Path(json)
+        places = [Path(place).resolve() for place in (to_json, save) if place is not None]
+        if len(set(places)) < len(places) or (to_json and to_json.resolve() == Path(model).resolve()):
+            raise InputError("--json, --save and a saved diagnosis that is read must be different files.")
+        _check_outputs(to_json, save, folder=figures, quiet=quiet)
         run = Run(model, data, documents, max_tokens, loops, batch_size, seed, revision, device, dtype, quiet)
         diagnosis = run.diagnosis()
 
@@ -136,8 +145,8 @@ def recommend(
         if json == "-":
             sys.stdout.write(dumps(told))
         else:
-            if json:
-                _write(Path(json), dumps(told))
+            if to_json:
+                _write(to_json, dumps(told))
             _print_answer(told, recommendation)
         raise typer.Exit(Exit.UNDETERMINED if recommendation.recommended_loops is None else Exit.ANSWERED)
 
@@ -163,7 +172,7 @@ def diagnose(
             raise InputError(
                 f"{model} is a file: give a model. To answer from a saved diagnosis: loopdiag recommend {model}"
             )
-        _check_outputs(save)
+        _check_outputs(save, quiet=quiet)
         run = Run(model, data, documents, max_tokens, loops, batch_size, seed, revision, device, dtype, quiet)
         run.diagnosis().save(save)
         stdout.print(str(save), markup=False, highlight=False, soft_wrap=True)
@@ -217,6 +226,8 @@ class Run:
                 raise InputError(f"{flag} {value} is out of range: allowed {allowed}.")
         if Path(self.model).is_file():
             return self._saved()
+        if self.model.endswith(".nc"):
+            raise InputError(f"There is no file {self.model}: a saved diagnosis comes from `loopdiag diagnose --save`.")
         return self._made()
 
     def _saved(self) -> Diagnosis:
@@ -236,7 +247,10 @@ class Run:
             ("--documents", self.documents, None),
             ("--max-tokens", self.max_tokens, None),
             ("--loops", self.loops, None),
+            ("--batch-size", self.batch_size, 8),
             ("--revision", self.revision, None),
+            ("--device", self.device, Device.auto),
+            ("--dtype", self.dtype, Dtype.float32),
         )
 
     def _made(self) -> Diagnosis:
@@ -291,20 +305,20 @@ def _stop(message: str, code: Exit) -> None:
     raise typer.Exit(code)
 
 
-def _check_outputs(*files: str | Path | None, folder: Path | None = None) -> None:
+def _check_outputs(*files: Path | None, folder: Path | None = None, quiet: bool) -> None:
     """Refuse outputs that cannot be written, and say which will be replaced, before any work."""
-    for file in (Path(file) for file in files if file is not None):
+    for file in (file for file in files if file is not None):
         if file.is_dir():
             raise InputError(f"{file} is a folder: give the name of a file.")
         if not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
             raise InputError(f"{file} cannot be written: {file.absolute().parent} is no folder that can be written to.")
-        if file.exists():
+        if file.exists() and not quiet:
             _note(f"{file} is there and will be replaced")
     if folder is not None:
         nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise InputError(f"{folder} cannot be made: {nearest} is no folder that can be written to.")
-        if nearest == folder.absolute() and any(folder.iterdir()):
+        if nearest == folder.absolute() and any(folder.iterdir()) and not quiet:
             _note(f"figures of the same names in {folder} will be replaced")
 
 
@@ -381,7 +395,7 @@ def _print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
         f"Run this checkpoint with how many loops? (measured)  {run}",
         f"    support  {support}",
         f"    price    {recommendation.price:g} nats per token and extra loop",
-        f"    break-even prices: {describe(recommendation.break_even)}",
+        f"    break-even prices, by mean utility: {describe(recommendation.break_even)}",
         "Train with how many loops? (predicted, provisional: the combination is not backtested)  "
         f"{recommendation.predicted_training_loops or 'no lens has an opinion'}",
     ]

@@ -92,7 +92,7 @@ class Diagnosis:
         return (
             f"Diagnosis of {about['model']} "
             f"(trained with {about['trained_loops']} loops, run with {about['run_loops']}): "
-            f"{about['documents']} documents of {about['corpus']}, {about['tokens']:,} tokens, "
+            f"{about['documents']} documents of {about['corpus']}, {about['tokens']:,} predicted tokens, "
             f"{len(self.data.data_vars)} measures"
         )
 
@@ -244,7 +244,7 @@ def measure(trace: LoopTrace, rank_tokens: int) -> dict[str, Tensor]:
 
 
 def weights_hash(model: LoopedLM) -> str:
-    """sha256 over the names and values of all weights."""
+    """sha256 over the names and values of all weights, as loaded: another dtype is another hash."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -209,8 +209,8 @@ def _nll(
     translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None, kept: Tensor
 ) -> Float[Tensor, " token"]:
     """NLL of the next token at the kept places, read through a translator."""
-    if trace.head is None:
-        raise ValueError("Readouts need a trace with a head; give LoopTrace.from_states(..., head=...).")
+    if trace.head is None or trace.input_ids is None:
+        raise ValueError("Readouts need head and tokens; give LoopTrace.from_states(..., head=, input_ids=).")
     targets = trace.input_ids.roll(-1, dims=1)[kept]
     moved = translator(at_least_float32(x[kept]), None if state is None else at_least_float32(state[kept]))
     logits = trace.head(trace.norm(moved.to(x.dtype)))

@@ -24,7 +24,7 @@ class LoopTrace:
     The first axis of the states is the loop, 0..R; 0 is the embedding E, for which all three states start.
 
     Attributes:
-        input_ids: Tokens [document, pos].
+        input_ids: Tokens [document, pos]; None where only states are known, which measures of the prediction refuse.
         mask: True on real tokens [document, pos].
         raw: Y_r, the output of the last layer; Y_0 = E.
         carry: Z_r, what loop r hands to the next loop before the offset; Z_0 = E.
@@ -36,7 +36,7 @@ class LoopTrace:
             loop has none; None where none has.
     """
 
-    input_ids: Int[Tensor, "document pos"]
+    input_ids: Int[Tensor, "document pos"] | None
     mask: Bool[Tensor, "document pos"]
     raw: States
     carry: States
@@ -45,6 +45,10 @@ class LoopTrace:
     norm: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor] | None
     gate: Float[Tensor, "loop layer document pos head"] | None = None
+
+    def __repr__(self) -> str:
+        documents, pos, d_model = self.raw.shape[1:]
+        return f"LoopTrace of {self.n_loops} loops: {documents} documents of up to {pos} tokens, width {d_model}"
 
     @property
     def n_loops(self) -> int:
@@ -82,21 +86,24 @@ class LoopTrace:
             offset: Cross-loop position offset in tokens.
 
         Raises:
-            ValueError: Shapes that do not belong together, or fewer than two states.
+            ValueError: States that are no tensor, a negative offset, shapes that do not belong together, or fewer than
+                two states.
         """
+        if not isinstance(offset, int) or offset < 0:
+            raise ValueError(f"offset = {offset!r} is not allowed: it must be an integer >= 0.")
+        if not isinstance(states, Tensor):
+            raise ValueError(f"states is a {type(states).__name__}: it must be a torch tensor.")
         if states.ndim != 4 or len(states) < 2:
             raise ValueError(
                 f"states has shape {tuple(states.shape)}: it must be [loop, document, pos, d_model] with the embedding "
                 "and at least one loop."
             )
         documents, pos = states.shape[1:3]
-        if input_ids is None:
-            input_ids = torch.zeros(documents, pos, dtype=torch.long, device=states.device)
         if mask is None:
             mask = torch.ones(documents, pos, dtype=torch.bool, device=states.device)
         carry = states if carry is None else carry
         for name, given, wanted in (
-            ("input_ids", input_ids, states.shape[1:3]),
+            ("input_ids", mask if input_ids is None else input_ids, states.shape[1:3]),
             ("mask", mask, states.shape[1:3]),
             ("carry", carry, states.shape),
         ):

@@ -43,6 +43,7 @@ ROW = {
     "nll_exit_low": float,
     "nll_exit_high": float,
     "net_gain": float,
+    **{f"{name}_{end}": float for name in ("gain", "cost", "net_gain") for end in ("low", "high")},
     "nll_exit": float,
     "gain": float,
     "cost": float,

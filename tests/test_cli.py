@@ -62,9 +62,19 @@ def test_a_saved_diagnosis_answers_the_same_without_the_model(answered):
     folder, _ = answered
     again = run("recommend", folder / "d.nc", "--json", "-", "--quiet")
     assert again.stdout == (folder / "a.json").read_text()
-    refused = run("recommend", folder / "d.nc", "--loops", "2")
-    assert refused.exit_code == cli.Exit.WRONG_INPUT
-    assert "--loops cannot change the saved diagnosis" in refused.stderr
+    for option, value in (("--loops", "2"), ("--dtype", "bfloat16"), ("--batch-size", "4"), ("--device", "cpu")):
+        refused = run("recommend", folder / "d.nc", option, value)
+        expect_refusal(refused, f"{option} cannot change the saved diagnosis")
+
+
+def test_outputs_that_would_eat_each_other(answered):
+    """One path for two outputs, or the JSON over the diagnosis that is read, is refused and nothing is touched."""
+    folder, _ = answered
+    before = (folder / "d.nc").read_bytes()
+    for arguments in (["--json", folder / "d.nc"], ["--json", folder / "new", "--save", folder / "new"]):
+        expect_refusal(run("recommend", folder / "d.nc", *arguments), "must be different files")
+    assert (folder / "d.nc").read_bytes() == before
+    assert not (folder / "new").exists()
 
 
 def test_same_seed_same_json(answered):
@@ -115,9 +125,11 @@ def test_models_lists_bundled_and_supported():
         assert name in result.stdout
 
 
-def test_quiet_and_notes():
+def test_quiet_and_notes(tmp_path):
     """--quiet says nothing on stderr; without it, cut documents are reported."""
     assert run("recommend", *SMALL, "--json", "-").stderr == ""
+    (tmp_path / "a.json").touch()
+    assert run("recommend", *SMALL, "--json", tmp_path / "a.json").stderr == ""
     loud = run("recommend", *SMALL[:-1], "--json", "-")
     assert "documents were cut at 48 tokens" in loud.stderr
 
@@ -233,6 +245,8 @@ def test_bad_data(tmp_path, make):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["missing.nc"], "There is no file missing.nc"),
+        ([""], "There is no model ''"),
         (["no-such-model"], "There is no model 'no-such-model': bundled are tiny-plt-1"),
         (["--loops", "0"], "--loops 0 is out of range: allowed 1 to 64"),
         (["--price", "nan"], "--price nan is out of range"),

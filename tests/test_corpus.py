@@ -371,7 +371,7 @@ def test_too_few_documents(tmp_path):
 
 def test_one_source_cannot_be_split(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [{**record, "repo": "r"} for record in texts(16)])
-    with pytest.raises(CorpusError, match="all 16 documents have the source 'r'; at least 2 sources are needed"):
+    with pytest.raises(CorpusError, match="the number of sources of the 16 documents is 1; at least 4 are needed"):
         read(path)
 
 

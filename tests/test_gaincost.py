@@ -393,7 +393,9 @@ def test_recommendation_in_words():
     """Both answers, their support and price, the lenses, and that the prediction is not backtested."""
     text = str(recommend(planted([4.0, 3.5, 3.4, 3.39]), 0.05))
     assert "Run a planted model (trained with 4) with how many loops? Measured: 3 (support 100%, price 0.05 " in text
-    assert "Break-even: 4 loops below 0.010, 3 loops below 0.100, 2 loops below 0.500, else 1." in text
+    assert (
+        "Break-even prices, by mean utility: 4 loops below 0.01, 3 loops below 0.1, 2 loops below 0.5, else 1." in text
+    )
     assert "Predicted, not backtested: 3 (cost_gain 3, rank_peak 4, shift_knee 2, paper_rule 4)." in text
     assert "Measured: undetermined (1 instead of 2 could be better by " in str(
         recommend(diagnosis_of(pair(0.1, 0.6)), 0.03)
@@ -467,7 +469,7 @@ def test_break_even_of_the_design():
     steps = break_even(np.array([5.0, 4.21, 4.08, 4.06]))
     assert [step.loops for step in steps] == [4, 3, 2]
     assert [step.below for step in steps] == pytest.approx([0.02, 0.13, 0.79])
-    assert describe(steps) == "4 loops below 0.020, 3 loops below 0.130, 2 loops below 0.790, else 1"
+    assert describe(steps) == "4 loops below 0.02, 3 loops below 0.13, 2 loops below 0.79, else 1"
 
 
 @pytest.mark.parametrize(

@@ -152,10 +152,11 @@ def test_gates_by_hand():
         gate_mean(trace)
 
 
-def test_nothing_to_read_without_a_head():
-    """The message says what to give."""
-    with pytest.raises(ValueError, match=r"exits.*head=\.\.\."):
-        exits(LoopTrace.from_states(torch.zeros(2, 1, 3, 4)))
+@pytest.mark.parametrize("given", [{"input_ids": torch.zeros(1, 3).long()}, {"head": torch.nn.Identity()}])
+def test_nothing_to_read_without_head_and_tokens(given):
+    """The message says what to give; tokens are never made up."""
+    with pytest.raises(ValueError, match=r"exits.*head=, input_ids="):
+        exits(LoopTrace.from_states(torch.zeros(2, 1, 3, 4), **given))
 
 
 # -- outside references -----------------------------------------------------------------------------

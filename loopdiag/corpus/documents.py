@@ -48,6 +48,9 @@ class Corpus:
     fit: tuple[Document, ...]
     report: tuple[Document, ...]
 
+    def __repr__(self) -> str:
+        return f"Corpus {self.name}: {len(self.fit)} documents to fit on, {len(self.report)} to report on"
+
     @property
     def fingerprint(self) -> str:
         """sha256 (64 hex digits) over split, names and texts, in their order."""

@@ -18,6 +18,7 @@ from loopdiag.corpus.documents import MIN_DOCUMENTS, Corpus, CorpusError, Docume
 logger = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("text", "content", "code")
+MIN_SOURCES = 4
 SOURCE_FIELDS = ("source", "repo", "path")
 RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -81,10 +82,11 @@ def read(data: str | os.PathLike[str], *, revision: str | None = None) -> Corpus
             "fit readouts and half to report on. Add documents: a text file is one, each line of a .jsonl file is one."
         )
     n_sources = len({document.source for document in unique})
-    if n_sources == 1:
+    if n_sources < MIN_SOURCES:
         raise CorpusError(
-            f"{given}: all {len(unique)} documents have the source {unique[0].source!r}; at least 2 sources are "
-            f"needed, since the halves share none. Remove the field ({', '.join(SOURCE_FIELDS)}) or add other sources."
+            f"{given}: the number of sources of the {len(unique)} documents is {n_sources}; at least {MIN_SOURCES} are "
+            "needed, two for each half, since the halves share none. "
+            f"Remove the field ({', '.join(SOURCE_FIELDS)}) or add other sources."
         )
     fit, report = split(unique)
     logger.info(

@@ -56,6 +56,11 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
             "nll_exit_low": float(curve.nll_exit.low[index]),
             "nll_exit_high": float(curve.nll_exit.high[index]),
             "net_gain": float(curve.net.mean[index]),
+            **{
+                f"{name}_{end}": float(getattr(estimate, end)[index])
+                for name, estimate in (("gain", curve.gain), ("cost", curve.cost), ("net_gain", curve.net))
+                for end in ("low", "high")
+            },
             **{str(name): _number(mean[loop]) for name, mean in means.items()},
             **dict.fromkeys(absent),
         }

@@ -76,7 +76,7 @@ class Recommendation:
         lenses = ", ".join(f"{name} {loops}" for name, loops in self.lenses.items()) or "no lens has an opinion"
         return (
             f"Run {self.model} (trained with {self.trained_loops}) with how many loops? Measured: {run}.\n"
-            f"Break-even: {describe(self.break_even)}.\n"
+            f"Break-even prices, by mean utility: {describe(self.break_even)}.\n"
             "Train with how many loops? Predicted, not backtested: "
             f"{self.predicted_training_loops or 'no answer'} ({lenses})."
         )
@@ -201,7 +201,7 @@ def break_even(nll: PerLoop) -> tuple[BreakEven, ...]:
 def describe(steps: tuple[BreakEven, ...]) -> str:
     """Break-even prices in words."""
     return (
-        ", ".join(f"{step.loops} loops below {step.below:.3f}" for step in steps) + ", else 1"
+        ", ".join(f"{step.loops} loops below {step.below:.2g}" for step in steps) + ", else 1"
         if steps
         else "1 loop at any price"
     )

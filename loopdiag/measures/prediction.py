@@ -33,12 +33,12 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
       nll_exit(r-1) - nll_exit(r).
 
     Raises:
-        ValueError: The trace has no head.
+        ValueError: The trace has no head or no tokens.
 
     Source: arXiv 2606.18023 for NLL, rank, entropy and output shift; gain and cost are this project's.
     """
-    if trace.head is None:
-        raise ValueError("exits: this trace has no head; give LoopTrace.from_states(..., head=...).")
+    if trace.head is None or trace.input_ids is None:
+        raise ValueError("exits: this trace lacks head or tokens; give LoopTrace.from_states(..., head=, input_ids=).")
     predicts = trace.predicts
     targets = trace.input_ids.roll(-1, dims=1)[predicts]
     states = trace.readout[:, predicts]  # [loop, token, d_model]

@@ -170,6 +170,11 @@ class LoopedLM(HookedRootModule):
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask as booleans, or None when nothing is padded."""
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(
+                f"input_ids is a {type(input_ids).__name__}: it must be a tensor [batch, pos]. For text, "
+                "torch.tensor([model.tokenizer(text)['input_ids']])."
+            )
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64) or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}: it must be a non-empty "

@@ -87,9 +87,9 @@ def find(model: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     name = os.fspath(model)
     if name in bundled_models():
         return BUNDLED / name
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
-    if Path(name).exists():
+    if name and Path(name).exists():
         raise LoadError(f"{name} is a file: give the folder that holds config.json and {WEIGHTS}.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise LoadError(
@@ -111,7 +111,7 @@ def find(model: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     except Exception as error:  # the hub's client raises many kinds, all of them "not to be had"
         raise LoadError(
             f"{name!r} is no folder here, and the hub did not give it: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{next(iter(str(error).strip().splitlines()), 'no reason given')}"
         ) from error
 
 
