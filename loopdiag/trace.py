@@ -103,8 +103,8 @@ class LoopTrace:
             mask = torch.ones(documents, pos, dtype=torch.bool, device=states.device)
         carry = states if carry is None else carry
         for name, given, wanted in (
-            ("input_ids", mask if input_ids is None else input_ids, states.shape[1:3]),
             ("mask", mask, states.shape[1:3]),
+            ("input_ids", mask if input_ids is None else input_ids, states.shape[1:3]),
             ("carry", carry, states.shape),
         ):
             if given.shape != wanted:

@@ -120,8 +120,8 @@ def test_from_states_alone():
     assert torch.equal(trace.readout, states)
     assert trace.mask.dtype == torch.bool
     assert trace.mask.all()
-    assert trace.mask.shape == trace.input_ids.shape == (2, 5)
-    assert trace.head is trace.gate is None
+    assert trace.mask.shape == (2, 5)
+    assert trace.input_ids is trace.head is trace.gate is None
 
 
 def test_from_states_with_everything():
