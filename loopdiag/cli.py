@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loopdiag.errors import InputError
+from loopdiag.files import whole
 
 if TYPE_CHECKING:
     from loopdiag.diagnosis import Diagnosis
@@ -146,7 +147,8 @@ def recommend(
             sys.stdout.write(dumps(told))
         else:
             if to_json:
-                _write(to_json, dumps(told))
+                with whole(to_json) as partial:
+                    partial.write_text(dumps(told), encoding="utf-8")
             _print_answer(told, recommendation)
         raise typer.Exit(Exit.UNDETERMINED if recommendation.recommended_loops is None else Exit.ANSWERED)
 
@@ -324,12 +326,6 @@ def _check_outputs(*files: Path | None, folder: Path | None = None, quiet: bool)
 
 def _note(message: str) -> None:
     stderr.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 @contextmanager

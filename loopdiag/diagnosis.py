@@ -22,6 +22,7 @@ from torch import Tensor
 from loopdiag import __version__
 from loopdiag.corpus import Corpus, TokenDocument, batches, tokenize
 from loopdiag.errors import InputError
+from loopdiag.files import whole
 from loopdiag.measures import attention, diversity, motion, offset, prediction
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.readouts import RECORDINGS, fit_readouts
@@ -98,13 +99,8 @@ class Diagnosis:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a netCDF file, whole or not at all; a file of that name is replaced."""
-        target = Path(path)
-        partial_file = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with whole(Path(path)) as partial_file:
             self.data.to_netcdf(partial_file, engine="h5netcdf")
-            os.replace(partial_file, target)
-        finally:
-            partial_file.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Diagnosis:

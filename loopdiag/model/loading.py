@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loopdiag.errors import InputError
+from loopdiag.files import whole
 from loopdiag.model.checkpoints import FAMILIES
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
@@ -210,11 +211,9 @@ def save(model: LoopedLM, folder: str | os.PathLike[str], dtype: torch.dtype | s
     keys["dtype"] = str(stored).removeprefix("torch.")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f"{WEIGHTS}.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
-    os.replace(partial, target / WEIGHTS)
-    partial = target / "config.json.partial"
-    partial.write_text(json.dumps(keys, indent=2) + "\n")
-    os.replace(partial, target / "config.json")
+    with whole(target / WEIGHTS) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+    with whole(target / "config.json") as partial:
+        partial.write_text(json.dumps(keys, indent=2) + "\n")
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(target)

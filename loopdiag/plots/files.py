@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from loopdiag.diagnosis import Diagnosis
+from loopdiag.files import whole
 from loopdiag.gaincost import Recommendation
 from loopdiag.gaincost import gain_cost as curve_of
 from loopdiag.plots.dynamics import hidden_states, shift_against_offset
@@ -58,11 +59,7 @@ def draw(diagnosis: Diagnosis, recommendation: Recommendation, folder: str | os.
 
 
 def _write(figure: Figure, target: Path) -> Path:
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     form = target.suffix[1:]
-    try:
+    with whole(target) as partial:
         figure.savefig(partial, format=form, dpi=DPI, metadata=METADATA[form])
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.corpus import bundled
 from loopdiag.diagnosis import diagnose
+from loopdiag.files import whole
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.loading import BUNDLED, load, save
 from loopdiag.sweep import sources
@@ -128,11 +128,9 @@ def prepare(work: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray
         packages = sorted({file.package for file in training[:used]})
         facts = {"training_files": used, "training_packages": {name: sources.licence(name)[:2] for name in packages}}
         (work / "data.json").write_text(json.dumps(facts, indent=1))
-        partial = work / "tokens.partial.npz"
-        np.savez(
-            partial, stream=stream, held_out=np.array([ids[: RECIPE.sequence] for ids in held_out], dtype=np.uint16)
-        )
-        os.replace(partial, tokens)
+        rows = np.array([ids[: RECIPE.sequence] for ids in held_out], dtype=np.uint16)
+        with whole(tokens) as partial, partial.open("wb") as file:
+            np.savez(file, stream=stream, held_out=rows)
     with np.load(tokens) as stored:
         return PreTrainedTokenizerFast.from_pretrained(work / "tokenizer"), stored["stream"], stored["held_out"]
 

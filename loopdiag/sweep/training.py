@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from loopdiag.files import whole
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
 
@@ -131,7 +131,6 @@ def train(cfg: LoopedConfig, recipe: Recipe, stream: np.ndarray, held_out: np.nd
         eval_dataset=Packed(held_out.reshape(-1), recipe.sequence),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    partial = folder / "log.json.partial"
-    partial.write_text(json.dumps(trainer.state.log_history, indent=1))
-    os.replace(partial, folder / "log.json")
+    with whole(folder / "log.json") as partial:
+        partial.write_text(json.dumps(trainer.state.log_history, indent=1))
     return model.eval()
