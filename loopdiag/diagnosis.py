@@ -8,7 +8,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,15 +20,15 @@ import xarray as xr
 from torch import Tensor
 
 from loopdiag import __version__
-from loopdiag.corpus import Corpus, TokenDocument, batches, tokenize
+from loopdiag.corpus import Batch, Corpus, TokenDocument, batches, tokenize
 from loopdiag.errors import InputError
 from loopdiag.files import whole
 from loopdiag.measures import attention, diversity, motion, offset, prediction
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.readouts import RECORDINGS, fit_readouts
-from loopdiag.trace import LoopTrace, record
+from loopdiag.trace import ForeignModel, LoopTrace, record
 
-SCHEMA = 1
+SCHEMA = 2
 LONGEST_RANK = 256
 PER_LOOP = ("document", "loop")
 
@@ -59,7 +59,14 @@ DEFINITIONS: dict[str, tuple[str, str, str]] = {
     "omega_relative": ("1", "Z", "that distance over the carry's norm"),
     "omega_random": ("carry", "Z", "distance of any two tokens' carries in the document"),
     "gate_mean": ("1", "layer input", "weight of the global attention branch"),
+    "nll_lens": ("nats per token", "N(Y)", "NLL through the plain logit lens, past the coda"),
+    "exit_probability": ("1", "N(Y)", "probability that the model's exit gate leaves after loop r"),
 }
+OF_PREDICTIONS = (
+    *("nll_exit", "gain", "cost", "rank", "entropy"),
+    *("output_shift", "output_shift_reverse", "output_shift_js"),
+)
+OF_THE_OFFSET = ("omega", "omega_relative", "omega_random", "withheld")
 
 
 class DiagnosisError(InputError):
@@ -87,6 +94,17 @@ class Diagnosis:
     def loops(self) -> np.ndarray:
         """Loop numbers 1..R."""
         return self.data["loop"].values[1:]
+
+    def require(self, *names: str) -> None:
+        """Refuse to go on without these measures.
+
+        Raises:
+            DiagnosisError: One was not taken; the message says why.
+        """
+        for name in names:
+            if name not in self.data:
+                why = self.provenance["absent"].get(name, "it was not measured")
+                raise DiagnosisError(f"This diagnosis of {self.provenance['model']} has no {name}: {why}.")
 
     def __repr__(self) -> str:
         about = self.provenance
@@ -126,7 +144,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: LoopedLM,
+    model: LoopedLM | ForeignModel,
     corpus: Corpus,
     *,
     n_loops: int | None = None,
@@ -141,12 +159,12 @@ def diagnose(
     Readouts are fitted on the corpus' `fit` documents; every number is measured on its `report` documents.
 
     Args:
-        model: A model with a tokenizer.
+        model: A model with a tokenizer; for one that is not ours, a `ForeignModel`.
         corpus: Documents; those longer than `max_tokens` are cut and counted.
         n_loops: Loops to run; the trained number when None.
         max_tokens: Longest document in tokens; what the model was made for when None.
         batch_size: Documents of a batch.
-        seed: Order of the `fit` documents.
+        seed: Of the order of the `fit` documents, and of the initial state of models that start from a random one.
         readouts: Fit the translators behind `nll_usable` and `withheld`, the slowest part; without, both are left out.
         progress: Called with (what is being done, documents done, of how many; fitting counts each several times).
 
@@ -154,9 +172,10 @@ def diagnose(
         ValueError: `n_loops` below 1.
         DiagnosisError: No tokenizer, or `max_tokens` beyond the model.
     """
-    n_loops = model.cfg.n_loops if n_loops is None else n_loops
-    model.ensure_loops(n_loops)
-    longest = model.cfg.n_ctx
+    recorded, trained, longest = _subject(model, seed)
+    n_loops = trained if n_loops is None else n_loops
+    if isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1:
+        raise ValueError(f"n_loops = {n_loops!r} is not allowed: it must be an integer >= 1.")
     if model.tokenizer is None:
         raise DiagnosisError("The model has no tokenizer: its folder holds none, so text cannot be read.")
     if max_tokens is not None and max_tokens > longest:
@@ -172,25 +191,26 @@ def diagnose(
 
     def traces(documents: Sequence[TokenDocument], what: str, of: int) -> Iterator[LoopTrace]:
         for batch in batches(documents, batch_size):
-            yield record(model, batch, n_loops)
+            yield recorded(batch, n_loops)
             done[what] += len(batch.names)
             tell(what, done[what], of)
 
     fitted = None
     if readouts:
         order = np.random.default_rng(seed).permutation(len(fit))
-        recorded = partial(traces, what="fitting readouts", of=RECORDINGS * len(fit))
-        fitted = fit_readouts([fit[index] for index in order], recorded)
+        for_fitting = partial(traces, what="fitting readouts", of=RECORDINGS * len(fit))
+        fitted = fit_readouts([fit[index] for index in order], for_fitting)
     parts = []
     for trace in traces(report, "measuring", len(report)):
         parts.append(measure(trace, rank_tokens) | (fitted.measure(trace) if fitted else {}))
+        missing = absent(trace, readouts)
     provenance = {
         "schema": SCHEMA,
         "model": model.source,
-        "weights_sha256": weights_hash(model),
-        "config": vars(model.cfg),
-        "trained_loops": model.cfg.n_loops,
+        **_identity(model),
+        "trained_loops": trained,
         "run_loops": n_loops,
+        "absent": missing,
         "corpus": corpus.name,
         "corpus_sha256": corpus.fingerprint,
         "documents": len(report),
@@ -205,8 +225,6 @@ def diagnose(
         else None,
         "seed": seed,
         "batch_size": batch_size,
-        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
-        "device": model.embed.weight.device.type,
         "threads": torch.get_num_threads(),
         "versions": {"loopdiag": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "transformer-lens", "transformers")},
@@ -220,11 +238,44 @@ def matched_tokens(documents: Sequence[TokenDocument]) -> int:
     return min(LONGEST_RANK, lengths[len(lengths) // 10])
 
 
+def _subject(model: LoopedLM | ForeignModel, seed: int) -> tuple[Callable[[Batch, int], LoopTrace], int, int]:
+    """How to record a batch of a model, the loops it was trained with, and its longest document."""
+    if isinstance(model, ForeignModel):
+        return model.record, model.trained_loops, model.n_ctx
+    return partial(record, model, seed=seed), model.cfg.n_loops, model.cfg.n_ctx
+
+
+def _identity(model: LoopedLM | ForeignModel) -> dict[str, Any]:
+    """What says which model it was, and what it ran in; unknown of a model that is not ours."""
+    if isinstance(model, ForeignModel):
+        return dict.fromkeys(("weights_sha256", "config", "dtype", "device"))
+    weight = model.embed.weight
+    return {
+        "weights_sha256": weights_hash(model),
+        "config": asdict(model.cfg),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+    }
+
+
+def absent(trace: LoopTrace, readouts: bool) -> dict[str, str]:
+    """Measures that are left out, each with the reason: what a model does not have is absent, not zero."""
+    reasons: list[tuple[bool, tuple[str, ...], str]] = [
+        (not readouts, ("nll_usable", "withheld"), "readouts were not fitted"),
+        (not trace.readable, OF_PREDICTIONS, "the trace has no head or no tokens"),
+        (trace.offset == 0, OF_THE_OFFSET, "the model has no cross-loop position offset"),
+        (trace.gate is None, ("gate_mean",), "attention blends no branches, so it has no gate"),
+        (trace.coda is None, ("nll_lens",), "no coda stands before the head, so exits are the plain logit lens"),
+        (trace.leave is None, ("exit_probability",), "the model has no exit gate"),
+    ]
+    return {name: why for applies, names, why in reasons if applies for name in names}
+
+
 @torch.no_grad()
 def measure(trace: LoopTrace, rank_tokens: int) -> dict[str, Tensor]:
-    """Every measure of one batch but the readouts, each with the document first."""
+    """Every measure of one batch but the readouts, each with the document first; what the model lacks is left out."""
     return {
-        **prediction.exits(trace),
+        **(prediction.exits(trace) if trace.readable else {}),
         "step_size": motion.step_size(trace),
         "relative_step": motion.relative_step(trace),
         "state_cosine": motion.state_cosine(trace),
@@ -232,10 +283,18 @@ def measure(trace: LoopTrace, rank_tokens: int) -> dict[str, Tensor]:
         "cos_reference": motion.cos_reference(trace),
         "effective_rank": diversity.document_rank(trace, rank_tokens),
         "effective_rank_centred": diversity.document_rank(trace, rank_tokens, centred=True),
+        **(_of_the_offset(trace) if trace.offset else {}),
+        **({} if trace.gate is None else {"gate_mean": attention.gate_mean(trace)}),
+        **(prediction.lens(trace) if trace.readable and trace.coda is not None else {}),
+        **({} if trace.leave is None else {"exit_probability": prediction.exit_probability(trace)}),
+    }
+
+
+def _of_the_offset(trace: LoopTrace) -> dict[str, Tensor]:
+    return {
         "omega": offset.omega(trace),
         "omega_relative": offset.omega_relative(trace),
         "omega_random": offset.omega_random(trace),
-        **({} if trace.gate is None else {"gate_mean": attention.gate_mean(trace)}),
     }
 
 

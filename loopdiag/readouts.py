@@ -2,10 +2,11 @@
 
 A translator puts an affine map before the model's frozen norm N and head. Two kinds, all trained alike:
 
-- exits, one per loop r = 0..R: `Y_r + s * (A h + c)`, h the standardised N(Y_r) and s the RMS of Y_r. It starts at the
-  model's own exit (A = 0, c = 0), so what it gains is content that the exit misses for its basis.
-- carries, two per loop r = 2..R: `s * (A h + c)`, h the standardised Z_{r-1} of the token itself, or the one that the
-  offset hands over. Both start from the mean state, knowing nothing of the token.
+- exits, one per loop r = 0..R: `Y_r + s * (A h + c)`, h the standardised N(Y_r) and s the RMS of Y_r; in models with a
+  coda, its output stands for Y_r. It starts at the model's own exit (A = 0, c = 0), so what it gains is content that
+  the exit misses for its basis.
+- carries, two per loop r = 2..R of a model with an offset: `s * (A h + c)`, h the standardised Z_{r-1} of the token
+  itself, or the one that the offset hands over. Both start from the mean state, knowing nothing of the token.
 
 Training is streamed: states are recorded again in every pass and never kept.
 """
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from loopdiag.errors import InputError
 from loopdiag.measures.reduce import at_least_float32, over_tokens
-from loopdiag.model.decoder import shift
+from loopdiag.model.states import shift
 from loopdiag.trace import LoopTrace
 
 RIDGES = (1e-2, 1e-1, 1.0)
@@ -51,10 +52,10 @@ Named = tuple[str, int]  # kind ("exit", "carry", "shifted") and loop
 def _inputs(trace: LoopTrace) -> Iterator[tuple[Named, Tensor, Tensor | None]]:
     """Each translator's name, its input [document, pos, d_model], and for exits the state it is added to."""
     for loop in range(trace.n_loops + 1):
-        yield ("exit", loop), trace.readout[loop], trace.raw[loop]
-    for loop in range(2, trace.n_loops + 1):
+        yield ("exit", loop), trace.readout[loop], trace.exit_state[loop]
+    for loop in range(2, trace.n_loops + 1) if trace.offset else ():
         yield ("carry", loop), trace.carry[loop - 1], None
-        yield ("shifted", loop), shift(trace.carry[loop - 1], max(1, trace.offset), trace.mask), None
+        yield ("shifted", loop), shift(trace.carry[loop - 1], trace.offset, trace.mask), None
 
 
 class Translator(nn.Module):
@@ -84,24 +85,23 @@ class Readouts:
     ridges: dict[Named, float]
 
     def measure(self, trace: LoopTrace) -> dict[str, Float[Tensor, "document loop"]]:
-        """`nll_usable` (loops 0..R) and `withheld` (loops 2..R, NaN before), in nats per token.
+        """`nll_usable` (loops 0..R) and, with an offset, `withheld` (loops 2..R, NaN before), in nats per token.
 
         `nll_usable(r)`: NLL of the next token through the exit translator of loop r. `withheld(r)`: how much worse the
         next token can be read from the carry that the offset hands to loop r than from the token's own, each alone.
-        For a model without an offset, that of an offset of one token.
         """
         predicts = trace.predicts
         nll = {
             name: over_tokens(_losses(self.translators[name], trace, x, state)[None], predicts)
             for name, x, state in _inputs(trace)
         }
+        usable = {"nll_usable": torch.cat([nll["exit", loop] for loop in range(trace.n_loops + 1)], dim=1)}
+        if not trace.offset:
+            return usable
         undefined = torch.full_like(nll["exit", 0], float("nan"))
         loops = range(2, trace.n_loops + 1)
         withheld = [nll["shifted", loop] - nll["carry", loop] for loop in loops]
-        return {
-            "nll_usable": torch.cat([nll["exit", loop] for loop in range(trace.n_loops + 1)], dim=1),
-            "withheld": torch.cat([undefined, undefined, *withheld], dim=1),
-        }
+        return usable | {"withheld": torch.cat([undefined, undefined, *withheld], dim=1)}
 
 
 def fit_readouts(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,19 +21,23 @@ States = Float[Tensor, "loop document pos d_model"]
 class LoopTrace:
     """Hidden states of one batch at every loop boundary.
 
-    The first axis of the states is the loop, 0..R; 0 is the embedding E, for which all three states start.
+    The first axis of the states is the loop, 0..R; 0 is what loop 1 starts from: the embedding E (after the prelude,
+    where there is one), or the random initial state of models that have one.
 
     Attributes:
         input_ids: Tokens [document, pos]; None where only states are known, which measures of the prediction refuse.
         mask: True on real tokens [document, pos].
-        raw: Y_r, the output of the last layer; Y_0 = E.
-        carry: Z_r, what loop r hands to the next loop before the offset; Z_0 = E.
-        readout: N(Y_r), what a head reads after loop r; N(E) at 0.
+        raw: Y_r, the output of the last layer.
+        carry: Z_r, what loop r hands to the next loop before the offset.
+        readout: What a head reads after loop r: N(Y_r), or with a coda N of its output.
         offset: Cross-loop position offset of the model, in tokens.
-        norm: The model's final norm, Y to N(Y).
-        head: N(Y) to logits; None where there is no head.
+        norm: The model's final norm N.
+        head: What it reads to logits; None where there is no head.
         gate: Weight of the global attention branch [loop, layer, document, pos, head], NaN where a
             loop has none; None where none has.
+        coda: Raw output of the coda after loop r, of which the readout is N; None where no coda stands before the head.
+        leave: Probability that the model's exit gate leaves after loop r, once there, NaN at loop 0; None without a
+            gate.
     """
 
     input_ids: Int[Tensor, "document pos"] | None
@@ -45,6 +49,8 @@ class LoopTrace:
     norm: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor] | None
     gate: Float[Tensor, "loop layer document pos head"] | None = None
+    coda: States | None = None
+    leave: Float[Tensor, "loop document pos"] | None = None
 
     def __repr__(self) -> str:
         documents, pos, d_model = self.raw.shape[1:]
@@ -56,6 +62,21 @@ class LoopTrace:
         return len(self.raw) - 1
 
     @property
+    def normed(self) -> States:
+        """N(Y_r), what the plain logit lens reads: the readout itself, where no coda stands in between."""
+        return self.readout if self.coda is None else self.norm(self.raw)
+
+    @property
+    def exit_state(self) -> States:
+        """What the readout is N of: Y_r, or the coda's output."""
+        return self.raw if self.coda is None else self.coda
+
+    @property
+    def readable(self) -> bool:
+        """Whether there are predictions to measure: a head and the tokens."""
+        return self.head is not None and self.input_ids is not None
+
+    @property
     def predicts(self) -> Bool[Tensor, "document pos"]:
         """True on the real tokens that have a real next token."""
         following = torch.zeros_like(self.mask)
@@ -65,100 +86,148 @@ class LoopTrace:
     @classmethod
     def from_states(
         cls,
-        states: States,
+        embed: Float[Tensor, "document pos d_model"],
+        states: States | Sequence[Tensor],
+        head: Callable[[Tensor], Tensor] | None = None,
         *,
+        norm: Callable[[Tensor], Tensor] | None = None,
         input_ids: Int[Tensor, "document pos"] | None = None,
         mask: Bool[Tensor, "document pos"] | None = None,
-        carry: States | None = None,
-        norm: Callable[[Tensor], Tensor] | None = None,
-        head: Callable[[Tensor], Tensor] | None = None,
+        carry: States | Sequence[Tensor] | None = None,
+        coda: States | Sequence[Tensor] | None = None,
         offset: int = 0,
     ) -> LoopTrace:
-        """A trace of a model that is not ours.
+        """A trace of a model that is not ours, from states captured elsewhere.
 
         Args:
-            states: Y, the state after each loop [loop, document, pos, d_model]; index 0 is the embedding.
+            embed: What loop 1 starts from.
+            states: Y, the state after each loop 1..R, before any norm: one tensor with the loop first, or one for each
+                loop.
+            head: What it reads to logits; needed by measures of the prediction.
+            norm: Final norm, applied before the head; the identity when None.
             input_ids: Tokens; needed by measures of the prediction.
             mask: True on real tokens; all True when None.
-            carry: Z, when it differs from Y.
-            norm: Final norm; the identity when None.
-            head: N(Y) to logits.
+            carry: Z, what each loop 1..R hands on, when it differs from Y.
+            coda: Raw output of the coda when reading out after 0..R loops, where one stands before norm and head.
             offset: Cross-loop position offset in tokens.
 
         Raises:
-            ValueError: States that are no tensor, a negative offset, shapes that do not belong together, or fewer than
-                two states.
+            ValueError: States that are no tensors, a negative offset, shapes that do not belong together, or no loop.
         """
         if not isinstance(offset, int) or offset < 0:
             raise ValueError(f"offset = {offset!r} is not allowed: it must be an integer >= 0.")
-        if not isinstance(states, Tensor):
-            raise ValueError(f"states is a {type(states).__name__}: it must be a torch tensor.")
-        if states.ndim != 4 or len(states) < 2:
-            raise ValueError(
-                f"states has shape {tuple(states.shape)}: it must be [loop, document, pos, d_model] with the embedding "
-                "and at least one loop."
-            )
-        documents, pos = states.shape[1:3]
+        _require_shape("embed", embed, None)
+        n_loops = len(states)
+        if n_loops == 0:
+            raise ValueError("states is empty: give the state after each loop, at least one.")
+        documents, pos = embed.shape[:2]
         if mask is None:
-            mask = torch.ones(documents, pos, dtype=torch.bool, device=states.device)
-        carry = states if carry is None else carry
-        for name, given, wanted in (
-            ("mask", mask, states.shape[1:3]),
-            ("input_ids", mask if input_ids is None else input_ids, states.shape[1:3]),
-            ("carry", carry, states.shape),
-        ):
-            if given.shape != wanted:
+            mask = torch.ones(documents, pos, dtype=torch.bool, device=embed.device)
+        for name, given in (("mask", mask), ("input_ids", input_ids)):
+            if given is not None and given.shape != (documents, pos):
                 raise ValueError(
-                    f"{name} has shape {tuple(given.shape)}: with these states it must be {tuple(wanted)}."
+                    f"{name} has shape {tuple(given.shape)}: with this embed it must be {(documents, pos)}."
                 )
+
+        def stacked(name: str, given: Any, count: int) -> Tensor:
+            if len(given) != count:
+                raise ValueError(f"{name} is of {len(given)} loops: with these states it must be of {count}.")
+            for state in given:
+                _require_shape(name, state, embed)
+            return given if isinstance(given, Tensor) else torch.stack(list(given))
+
+        raw = torch.cat((embed[None], stacked("states", states, n_loops)))
+        handed = raw if carry is None else torch.cat((embed[None], stacked("carry", carry, n_loops)))
+        after_coda = None if coda is None else stacked("coda", coda, n_loops + 1)
         norm = norm or torch.nn.Identity()
-        return cls(input_ids, mask.bool(), states, carry, norm(states), offset, norm, head)
+        readout = norm(raw if after_coda is None else after_coda)
+        return cls(input_ids, mask.bool(), raw, handed, readout, offset, norm, head, coda=after_coda)
+
+
+def _require_shape(name: str, state: Any, like: Tensor | None) -> None:
+    if not isinstance(state, Tensor):
+        raise ValueError(f"{name} holds a {type(state).__name__}: it must be a torch tensor.")
+    if like is None and state.ndim != 3:
+        raise ValueError(f"{name} has shape {tuple(state.shape)}: it must be [document, pos, d_model].")
+    if like is not None and state.shape != like.shape:
+        raise ValueError(
+            f"{name} has states of shape {tuple(state.shape)}: they must be {tuple(like.shape)}, as embed is."
+        )
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A looped model that is not ours, for `diagnose`: whatever runs it and captures its states.
+
+    Attributes:
+        record: Runs a batch (`input_ids`, `attention_mask`) with a number of loops and gives its states, by
+            `LoopTrace.from_states`.
+        tokenizer: The model's, of transformers.
+        trained_loops: Loops it was trained with.
+        n_ctx: Longest document that it reads, in tokens.
+        source: What to call it in results.
+    """
+
+    record: Callable[[Batch, int], LoopTrace]
+    tokenizer: Any
+    trained_loops: int
+    n_ctx: int
+    source: str = "a model of another kind"
 
 
 @torch.no_grad()
-def record(model: LoopedLM, batch: Batch, n_loops: int | None = None) -> LoopTrace:
+def record(model: LoopedLM, batch: Batch, n_loops: int | None = None, *, seed: int = 0) -> LoopTrace:
     """Run a model on a batch and keep what left each loop.
 
     Args:
         model: The model.
         batch: Padded tokens with their mask.
         n_loops: Loops to run; the trained number when None.
+        seed: Of the initial state, where a model draws one.
 
     Raises:
         ValueError: `n_loops` below 1.
     """
-    n_loops = model.cfg.n_loops if n_loops is None else n_loops
+    cfg = model.cfg
+    n_loops = cfg.n_loops if n_loops is None else n_loops
     model.ensure_loops(n_loops)
     device = model.embed.weight.device
     input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()
-    gated = [loop for loop in range(2, n_loops + 1) if model.cfg.memory == "first"]
-    layers = range(model.cfg.n_layers)
-    names = {"hook_embed"} | {
-        f"loops.{loop}.{point}"
-        for loop in range(1, n_loops + 1)
-        for point in ("hook_out_pre_norm", "hook_out", "hook_readout")
-    }
-    names |= {f"loops.{loop}.blocks.{layer}.attn.hook_gate" for loop in gated for layer in layers}
-    _, kept = model.run_with_cache(input_ids, mask, n_loops=n_loops, names_filter=list(names))
-    embedding = kept["hook_embed"]
+    loops = range(1, n_loops + 1)
+    gated = [loop for loop in loops if loop > 1 and cfg.memory == "first"]
+    start = (
+        "hook_initial_state" if cfg.initial_state == "random" else "prelude.hook_out" if cfg.n_prelude else "hook_embed"
+    )
+    points = ["hook_out_pre_norm", "hook_out", "hook_readout"]
+    points += (["hook_coda_out"] if cfg.n_coda else []) + (["hook_exit_gate"] if cfg.exit_gate else [])
+    names = [start, *(f"loops.{loop}.{point}" for loop in loops for point in points)]
+    names += [f"loops.{loop}.blocks.{layer}.attn.hook_gate" for loop in gated for layer in range(cfg.n_layers)]
+    _, kept = model.run_with_cache(input_ids, mask, n_loops=n_loops, seed=seed, names_filter=names)
+    first = kept[start]
 
-    def states(point: str, first: Tensor) -> Tensor:
-        return torch.stack([first, *(kept[f"loops.{loop}.{point}"] for loop in range(1, n_loops + 1))])
+    def by_loop(point: str, zeroth: Tensor) -> Tensor:
+        return torch.stack([zeroth, *(kept[f"loops.{loop}.{point}"] for loop in loops)])
 
-    gate = None
+    gate = coda = leave = None
     if gated:
-        gate = embedding.new_full((n_loops + 1, len(layers), *mask.shape, model.cfg.n_heads), float("nan"))
+        gate = first.new_full((n_loops + 1, cfg.n_layers, *mask.shape, cfg.n_heads), float("nan"))
         for loop in gated:
-            for layer in layers:
+            for layer in range(cfg.n_layers):
                 gate[loop, layer] = kept[f"loops.{loop}.blocks.{layer}.attn.hook_gate"]
+    if cfg.n_coda:
+        coda = by_loop("hook_coda_out", model.coda_out(first, mask))
+    if cfg.exit_gate:
+        leave = by_loop("hook_exit_gate", first.new_full(mask.shape, float("nan")))
     return LoopTrace(
         input_ids=input_ids,
         mask=mask,
-        raw=states("hook_out_pre_norm", embedding),
-        carry=states("hook_out", embedding),
-        readout=states("hook_readout", model.ln_final(embedding)),
-        offset=model.cfg.offset,
+        raw=by_loop("hook_out_pre_norm", first),
+        carry=by_loop("hook_out", first),
+        readout=by_loop("hook_readout", model.ln_final(first if coda is None else coda[0])),
+        offset=cfg.offset,
         norm=model.ln_final,
         head=model.unembed,
         gate=gate,
+        coda=coda,
+        leave=leave,
     )

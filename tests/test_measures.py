@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoder import make_model
-from tiny import assert_all_same, assert_same, padded, random_trace, token_lists
+from tiny import assert_all_same, assert_same, padded, random_trace, token_lists, trace_of
 
 from loopdiag.diagnosis import DEFINITIONS, measure
 from loopdiag.measures.attention import gate_mean
@@ -25,7 +25,7 @@ from loopdiag.measures.diversity import document_rank, effective_rank
 from loopdiag.measures.motion import cos_reference, cos_update, relative_step, state_cosine, step_size
 from loopdiag.measures.offset import omega, omega_random, omega_relative
 from loopdiag.measures.prediction import exits
-from loopdiag.trace import LoopTrace, record
+from loopdiag.trace import record
 
 NAN, LOG2 = float("nan"), math.log(2)
 MOTION = (step_size, relative_step, state_cosine, cos_update, cos_reference)
@@ -67,15 +67,15 @@ CORNER, BOUNCE = [[3, 0], [3, 4], [0, 4]], [[1, 0], [2, 0], [-2, 0]]
 def test_motion_by_hand(of, corner, bounce):
     """Each token as on paper, and the mean of two; a straight line and a turn back have cosines 1 and -1."""
     alone = rows(corner, bounce)
-    assert_same(of(LoopTrace.from_states(states_of([CORNER], [BOUNCE]))), alone, 1e-15)
-    assert_same(of(LoopTrace.from_states(states_of([CORNER, BOUNCE]))), alone.mean(0, keepdim=True), 1e-15)
+    assert_same(of(trace_of(states_of([CORNER], [BOUNCE]))), alone, 1e-15)
+    assert_same(of(trace_of(states_of([CORNER, BOUNCE]))), alone.mean(0, keepdim=True), 1e-15)
 
 
 def test_straight_on_and_back():
     """Updates in one direction have cosine 1 whatever their lengths, and an oscillation -1."""
     start, way = torch.randn(2, 1, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for places, cosine in (((0, 1, 3, 3.5), 1), ((0, 1, -1, 2), -1)):
-        trace = LoopTrace.from_states(torch.stack([start + place * way for place in places]))
+        trace = trace_of(torch.stack([start + place * way for place in places]))
         assert_same(cos_update(trace), rows([NAN, NAN, cosine, cosine]), 1e-14)
 
 
@@ -94,7 +94,7 @@ def test_straight_on_and_back():
 def test_offset_by_hand(of, offset, expected):
     """On the carry of the loop before, over pairs of real tokens; without an offset as with an offset of one."""
     carry = states_of([[[9, i], z, [i, 9]] for i, z in enumerate(([0, 0], [3, 4], [3, 4], [0, 4]))])
-    trace = LoopTrace.from_states(torch.zeros_like(carry), carry=carry, offset=offset)
+    trace = trace_of(torch.zeros_like(carry), carry=carry, offset=offset)
     assert_same(of(trace), rows([NAN, NAN, expected]), 1e-15)
 
 
@@ -110,10 +110,10 @@ def test_rank_of_a_document_by_hand():
     one, other, third = torch.eye(3).tolist()
     states = torch.tensor([[one, other, third], [third, one, one]]).repeat(2, 1, 1, 1)
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-    trace = LoopTrace.from_states(states, mask=mask, norm=lambda y: y * torch.tensor([1.0, 3.0, 3.0]))
+    trace = trace_of(states, mask=mask, norm=lambda y: y * torch.tensor([1.0, 3.0, 3.0]))
     assert_same(document_rank(trace, 2), rows([4 / 3**0.75] * 2, [1, 1]), 1e-14)
     assert_same(document_rank(trace, 3), rows([math.exp(scipy.stats.entropy([1, 3, 3]))] * 2, [NAN, NAN]), 1e-14)
-    assert_same(document_rank(LoopTrace.from_states(states[:, :1]), 3, centred=True), rows([2, 2]), 1e-14)
+    assert_same(document_rank(trace_of(states[:, :1]), 3, centred=True), rows([2, 2]), 1e-14)
 
 
 # Probabilities of four tokens, in halvings, and what three predictions of them are worth.
@@ -133,7 +133,7 @@ EXITS_BY_HAND = {  # in units of log 2, but the rank; next tokens are 1, 0 and 1
 def test_exits_by_hand(name):
     """Powers of two, so that every logarithm can be read off."""
     states = -LOG2 * states_of([[FIRST, SECOND, EVEN]] * 4)
-    trace = LoopTrace.from_states(states, input_ids=torch.tensor([[3, 1, 0, 1]]), head=lambda h: h)
+    trace = trace_of(states, input_ids=torch.tensor([[3, 1, 0, 1]]), head=lambda h: h)
     expected = rows(EXITS_BY_HAND[name]) * (1 if name == "rank" else LOG2)
     assert_same(exits(trace)[name], expected, 1e-15)
 
@@ -156,7 +156,7 @@ def test_gates_by_hand():
 def test_nothing_to_read_without_head_and_tokens(given):
     """The message says what to give; tokens are never made up."""
     with pytest.raises(ValueError, match=r"exits.*head=, input_ids="):
-        exits(LoopTrace.from_states(torch.zeros(2, 1, 3, 4), **given))
+        exits(trace_of(torch.zeros(2, 1, 3, 4), **given))
 
 
 # -- outside references -----------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_predictions_that_exclude_each_other():
     """
     states = torch.zeros(3, 1, 4, 3)
     states[1, ..., 0], states[2, ..., 1], states[..., 2] = 300.0, 300.0, -300.0
-    values = exits(LoopTrace.from_states(states, input_ids=torch.ones(1, 4, dtype=torch.long), head=lambda h: h))
+    values = exits(trace_of(states, input_ids=torch.ones(1, 4, dtype=torch.long), head=lambda h: h))
     assert values["output_shift"][0, 2] == values["output_shift_reverse"][0, 2] == 300
     assert values["nll_exit"].tolist() == [pytest.approx([LOG2, 300, 0])]
     assert values["entropy"].tolist() == [pytest.approx([LOG2, 0, 0])]
@@ -436,13 +436,13 @@ def test_unrelated_states_seem_to_oscillate():
         states = sphere(0)
         states[0] *= embedding
         for of in (cos_reference, cos_update):
-            assert_same(of(LoopTrace.from_states(states)), rows([NAN, NAN, second, -0.5]).expand(2, 4), 0.02)
+            assert_same(of(trace_of(states)), rows([NAN, NAN, second, -0.5]).expand(2, 4), 0.02)
 
 
 def test_a_real_motion_is_told_from_its_reference():
     """On a straight line the cosine is 1 and the reference, of the same states and norms, is not."""
     start, way = sphere(1, n_loops=1)
-    trace = LoopTrace.from_states(torch.stack([start + r * way for r in range(4)]))
+    trace = trace_of(torch.stack([start + r * way for r in range(4)]))
     assert_same(cos_update(trace)[:, 2:], torch.ones(2, 2).double(), 1e-13)
     assert (cos_reference(trace)[:, 2:] < -0.2).all()
 
@@ -450,7 +450,7 @@ def test_a_real_motion_is_told_from_its_reference():
 def test_the_reference_keeps_what_all_tokens_share():
     """A motion that is the same for all tokens relates the states of any of them: the reference is 1 too."""
     way = sphere(2)[:, :1, :1] * 100
-    trace = LoopTrace.from_states(torch.cumsum(way[[0, 0, 0, 0]], 0) + sphere(3)[:1])
+    trace = trace_of(torch.cumsum(way[[0, 0, 0, 0]], 0) + sphere(3)[:1])
     assert (cos_reference(trace)[:, 2:] > 0.99).all()
 
 

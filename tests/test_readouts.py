@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from test_decoder import make_model
-from tiny import assert_all_same, assert_same, padded, random_trace, token_lists
+from tiny import assert_all_same, assert_same, padded, random_trace, token_lists, trace_of
 
 from loopdiag import readouts
 from loopdiag.measures.prediction import exits
 from loopdiag.readouts import fit_readouts
-from loopdiag.trace import LoopTrace, record
+from loopdiag.trace import record
 
 TOKENS, TRUE = 8, 0.8
 CHANCE = math.log(TOKENS)
@@ -49,9 +49,7 @@ def planted_trace(seed, documents=4, length=33, successor=False):
     told = torch.where(torch.rand(ids.shape, generator=generator) < TRUE, ids.roll(-1, 1), other)
     signal = 4 * torch.eye(TOKENS)[told]
     noise = torch.randn(*ids.shape, TOKENS, generator=generator)
-    return LoopTrace.from_states(
-        torch.stack([noise, signal @ TURN, signal]), input_ids=ids, head=torch.nn.Identity(), offset=1
-    )
+    return trace_of(torch.stack([noise, signal @ TURN, signal]), input_ids=ids, head=torch.nn.Identity(), offset=1)
 
 
 def planted_traces(documents):
@@ -111,7 +109,7 @@ def test_noise_gives_nothing():
         generator = torch.Generator().manual_seed(seed)
         ids = torch.multinomial(frequencies.repeat(documents, 1), 33, replacement=True, generator=generator)
         states = torch.randn(3, *ids.shape, TOKENS, generator=generator)
-        return LoopTrace.from_states(states, input_ids=ids, head=torch.nn.Identity())
+        return trace_of(states, input_ids=ids, head=torch.nn.Identity())
 
     unseen = trace(1000, documents=100)
     values = fit_readouts(DOCUMENTS, lambda documents: (trace(document.seed) for document in documents)).measure(unseen)

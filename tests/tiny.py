@@ -30,6 +30,11 @@ def token_lists(seed, lengths):
     return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
+def trace_of(states, carry=None, **parts):
+    """A trace of stacked states, loop 0 first."""
+    return LoopTrace.from_states(states[0], states[1:], carry=None if carry is None else carry[1:], **parts)
+
+
 def random_trace(seed=0, *, n_loops=3, spans=((0, 9), (2, 9), (0, 5), (3, 8)), width=6, dtype=torch.float64, offset=1):
     """A trace without a model: random states, Y, Z and N(Y) all different, padding on every side, seven tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +47,7 @@ def random_trace(seed=0, *, n_loops=3, spans=((0, 9), (2, 9), (0, 5), (3, 8)), w
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     weight, unembedding = 1 + 0.3 * draw(width), draw(7, width)
-    return LoopTrace.from_states(
+    return trace_of(
         draw(n_loops + 1, *mask.shape, width),
         input_ids=torch.randint(7, mask.shape, generator=generator),
         mask=mask,

@@ -35,6 +35,7 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
         "break_even": [asdict(step) for step in recommendation.break_even],
         "predicted_training_loops": recommendation.predicted_training_loops,
         "lenses": recommendation.lenses,
+        "absent": about["absent"],
         "loops": loop_rows(diagnosis, recommendation.seed),
         "provenance": about,
     }
@@ -48,7 +49,6 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
         for name, values in diagnosis.data.data_vars.items()
         if name in DEFINITIONS
     }
-    absent = [name for name in ("nll_usable", "withheld", "gate_mean") if name not in means]
     return [
         {
             "loop": int(loop),
@@ -62,7 +62,7 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
                 for end in ("low", "high")
             },
             **{str(name): _number(mean[loop]) for name, mean in means.items()},
-            **dict.fromkeys(absent),
+            **dict.fromkeys(name for name in DEFINITIONS if name not in means),
         }
         for index, loop in enumerate(curve.loop)
     ]

@@ -55,6 +55,7 @@ class GainCost:
 
 def gain_cost(diagnosis: Diagnosis, *, seed: int = 0) -> GainCost:
     """The gain-cost curve of a diagnosis; its intervals leave out the training seed."""
+    diagnosis.require("nll_exit")
     data = diagnosis.data
     sources = data["source"].values
 

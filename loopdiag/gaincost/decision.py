@@ -104,6 +104,7 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         raise ValueError(
             f"price = {price} is not allowed: it must be a finite number >= 0, in nats per token and loop."
         )
+    diagnosis.require("nll_exit")
     nll = diagnosis.data["nll_exit"].values[:, 1:]
     loops = diagnosis.loops
     if not np.isfinite(nll).all():

@@ -1,4 +1,4 @@
-"""How many directions the states of a document use. On N(Y), what a head reads."""
+"""How many directions the states of a document use. On N(Y)."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ def document_rank(trace: LoopTrace, tokens: int, centred: bool = False) -> Float
         tokens: Tokens of each document that count.
         centred: Subtract the document's mean state first.
     """
-    rounding = 8 * torch.finfo(at_least_float32(trace.readout).dtype).eps
+    rounding = 8 * torch.finfo(at_least_float32(trace.raw).dtype).eps
     ranks = torch.full((len(trace.mask), trace.n_loops + 1), float("nan"), dtype=torch.float64)
+    states = trace.normed
     for document, real in enumerate(trace.mask):
         if int(real.sum()) < tokens:
             continue
-        h = trace.readout[:, document, real][:, :tokens].double()
+        h = states[:, document, real][:, :tokens].double()
         size = h.norm(dim=(1, 2))
         if centred:
             h = h - h.mean(1, keepdim=True)

@@ -1,13 +1,16 @@
-"""What each exit predicts: the head on N(Y_r), p^(r) its softmax, p^(0) that of the embedding."""
+"""What each exit predicts: the head on the readout after loop r, p^(r) its softmax, p^(0) that before any loop."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopdiag.measures.reduce import at_least_float32, over_tokens
-from loopdiag.trace import LoopTrace
+from loopdiag.measures.reduce import at_least_float32, over_tokens, undefined
+from loopdiag.model.exit_gate import exit_probabilities
+from loopdiag.trace import LoopTrace, States
 
 PerLoop = Float[Tensor, "document loop"]
 
@@ -37,32 +40,70 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
 
     Source: arXiv 2606.18023 for NLL, rank, entropy and output shift; gain and cost are this project's.
     """
+    return _read_off(trace, trace.readout, _exits_of)
+
+
+def lens(trace: LoopTrace) -> dict[str, PerLoop]:
+    """`nll_lens`: NLL through the plain logit lens, the head on N(Y_r), for models whose exits go through a coda.
+
+    Raises:
+        ValueError: The trace has no head or no tokens.
+
+    Source: the logit lens (nostalgebraist, 2020).
+    """
+    return _read_off(trace, trace.normed, lambda logits, targets: {"nll_lens": _nll(logits.log_softmax(-1), targets)})
+
+
+def exit_probability(trace: LoopTrace) -> PerLoop:
+    """Mean probability that the model's exit gate leaves after loop r; sums to 1 over loops 1..R, NaN at loop 0.
+
+    Raises:
+        ValueError: The model has no exit gate.
+
+    Source: arXiv 2510.25741.
+    """
+    if trace.leave is None:
+        raise ValueError("exit_probability: this model has no exit gate.")
+    p = exit_probabilities(at_least_float32(trace.leave[1:]).movedim(0, -1)).movedim(-1, 0)
+    return over_tokens(torch.cat((undefined(p, 1), p)), trace.mask)
+
+
+def _read_off(
+    trace: LoopTrace, states: States, of_logits: Callable[[Tensor, Tensor], dict[str, Float[Tensor, "loop token"]]]
+) -> dict[str, PerLoop]:
+    """Per-document numbers of the distributions that the head makes of `states`, in blocks of tokens."""
     if trace.head is None or trace.input_ids is None:
-        raise ValueError("exits: this trace lacks head or tokens; give LoopTrace.from_states(..., head=, input_ids=).")
+        raise ValueError(
+            "This trace lacks head or tokens, so it has no predictions: give LoopTrace.from_states(..., head=, "
+            "input_ids=)."
+        )
     predicts = trace.predicts
     targets = trace.input_ids.roll(-1, dims=1)[predicts]
-    states = trace.readout[:, predicts]  # [loop, token, d_model]
-    width = trace.head(trace.readout[:1, :1, :1]).shape[-1]
-    block = max(1, LOGITS_AT_A_TIME.get(states.device.type, LOGITS_ELSEWHERE) // (width * len(states)))
+    kept = states[:, predicts]  # [loop, token, d_model]
+    width = trace.head(states[:1, :1, :1]).shape[-1]
+    block = max(1, LOGITS_AT_A_TIME.get(kept.device.type, LOGITS_ELSEWHERE) // (width * len(kept)))
     parts = [
-        _exits_of(at_least_float32(trace.head(states[:, start : start + block])), targets[start : start + block])
+        of_logits(at_least_float32(trace.head(kept[:, start : start + block])), targets[start : start + block])
         for start in range(0, max(1, len(targets)), block)
     ]
     results = {}
     for name in parts[0]:
         values = torch.cat([part[name] for part in parts], dim=1)
-        spread = values.new_zeros(len(states), *predicts.shape)
+        spread = values.new_zeros(len(kept), *predicts.shape)
         spread[:, predicts] = values
         results[name] = _median(spread, predicts) if name == "rank" else over_tokens(spread, predicts)
     return results
 
 
+def _nll(log_p: Float[Tensor, "loop token vocab"], targets: Tensor) -> Float[Tensor, "loop token"]:
+    return -log_p.gather(-1, targets[None, :, None].expand(len(log_p), -1, 1))[..., 0]
+
+
 def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dict[str, Float[Tensor, "loop token"]]:
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    index = targets[None, :, None].expand(len(logits), -1, 1)
-    true = logits.gather(-1, index)
-    nll = -log_p.gather(-1, index)[..., 0]
+    true = logits.gather(-1, targets[None, :, None].expand(len(logits), -1, 1))
+    nll = _nll(log_p, targets)
     change = nll[1:] - nll[:-1]
     middle = ((p[1:] + p[:-1]) / 2).clamp_min(torch.finfo(p.dtype).tiny).log()
     divergence = {

@@ -3,6 +3,8 @@
 from loopdiag.model.cache import LoopCache
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
-from loopdiag.model.loading import LoadError, bundled_models, load, save
+from loopdiag.model.loading import LoadError, bundled_models, load
+from loopdiag.model.past import Past
+from loopdiag.model.saving import save
 
-__all__ = ["LoadError", "LoopCache", "LoopedConfig", "LoopedLM", "bundled_models", "load", "save"]
+__all__ = ["LoadError", "LoopCache", "LoopedConfig", "LoopedLM", "Past", "bundled_models", "load", "save"]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import _GeneratorContextManager
 from numbers import Integral
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,11 @@ from transformer_lens.hook_points import HookPoint
 
 from loopdiag.model.cache import LoopCache
 from loopdiag.model.config import LoopedConfig
-from loopdiag.model.layers import Gate, KeyValue, Layer, Layout, LoopHooks
+from loopdiag.model.exit_gate import EarlyExit, exit_loop, exit_probabilities
+from loopdiag.model.layers import CodaHooks, Gate, KeyValue, Layer, Layout, LoopHooks, PreludeHooks, RopeTable
+from loopdiag.model.past import Past
+from loopdiag.model.states import State, random_state, shift
 
-State = Float[Tensor, "batch pos d_model"]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
@@ -27,34 +30,55 @@ class LoopedLM(HookedRootModule):
     """A looped language model with hook points by loop.
 
     Weights stand once, under `blocks.{layer}`; hook points once per loop, under `loops.{loop}`, loops
-    numbered from 1. Loop 1 passes E, the embedding, through the layers; loop r >= 2 passes
-    B_r = a*E + b*shift(Z_{r-1}) (see `LoopedConfig.injection`). Three states leave a loop:
+    numbered from 1. E is the embedding, after the prelude where there is one. Loop 1 passes E through the
+    layers; loop r >= 2 passes B_r = a*E + b*shift(Z_{r-1}) (see `LoopedConfig.injection`). Models with a
+    random initial state Z_0 pass B_1, made alike. Three states leave a loop:
 
     - Y_r, the raw output of the last layer: `loops.{r}.hook_out_pre_norm`;
-    - Z_r, what is handed on: `loops.{r}.hook_out`, which is N(Y_r) in the last loop, and in every loop
-      of a model that normalises between loops, else Y_r;
-    - N(Y_r), what the head reads when the run stops after loop r: `loops.{r}.hook_readout`.
+    - Z_r, what is handed on: `loops.{r}.hook_out`, which is N(Y_r) in the last loop before the head, and in every
+      loop of a model that normalises between loops, else Y_r;
+    - what the head reads when the run stops after loop r: `loops.{r}.hook_readout`. It is N(Y_r), or with a
+      coda N(coda(Z_r)).
 
-    Attention patterns and the readouts of loops before the last are computed only when hooked.
+    Hooks of prelude and coda have no loop number; those of the coda fire on the way to the run's own logits only.
+    Attention patterns, exit gates, and the readouts of loops before the last are computed only when hooked.
 
     Attributes:
         cfg: The configuration.
         tokenizer: The tokenizer that the model was trained with, or None for a model made from a
             configuration alone.
+        stop_tokens: Tokens that end a generated text.
         source: Name, folder or hub id that it was loaded from.
 
-    Source: arXiv 2510.24824 (Parallel Loop Transformers), arXiv 2606.18023 (LoopCoder-v2).
+    Source: arXiv 2510.24824 (Parallel Loop Transformers), arXiv 2606.18023 (LoopCoder-v2), 2502.05171 (Huginn),
+    2510.25741 (Ouro).
     """
 
     def __init__(self, cfg: LoopedConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.tokenizer: Any = None
+        self.stop_tokens: tuple[int, ...] = ()
         self.source = "a model made here"
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.hook_embed = HookPoint()
+        self.rope_table = RopeTable(cfg) if cfg.rope_table else None
+        if cfg.n_prelude:
+            self.prelude_blocks = nn.ModuleList(Layer(cfg, looped=False) for _ in range(cfg.n_prelude))
+            self.prelude = PreludeHooks(cfg)
+        if cfg.initial_state == "random":
+            self.hook_initial_state = HookPoint()
+        if cfg.injection == "concat":
+            self.adapter = nn.Linear(2 * cfg.d_model, cfg.d_model, bias=False)
         self.blocks = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
+        if cfg.n_coda:
+            self.coda_blocks = nn.ModuleList(Layer(cfg, looped=False) for _ in range(cfg.n_coda))
+            self.coda = CodaHooks(cfg)
+            # For exits before the last; in a tuple, so that its hook points are not found.
+            self._silent_coda = (CodaHooks(cfg),)
         self.ln_final = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        if cfg.exit_gate:
+            self.exit_gate = nn.Linear(cfg.d_model, 1)
         if not cfg.tie_embeddings:
             self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.loops = nn.ModuleDict()
@@ -77,6 +101,8 @@ class LoopedLM(HookedRootModule):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear | nn.Embedding):
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
                 std = 0.05
                 if isinstance(module, nn.Linear) and name != "head":
                     std = module.in_features**-0.5 * (into_stream if name.endswith(("o_proj", "down_proj")) else 1.0)
@@ -105,6 +131,10 @@ class LoopedLM(HookedRootModule):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         n_loops: int | None = None,
         return_type: Literal["logits", "loss"] = "logits",
+        *,
+        initial_state: State | None = None,
+        seed: int = 0,
+        past: Past | None = None,
     ) -> Tensor:
         """Run the model.
 
@@ -112,13 +142,17 @@ class LoopedLM(HookedRootModule):
             input_ids: Tokens.
             attention_mask: 1 or True on tokens, 0 or False on padding, left or right. A padded document gets the
                 numbers that it gets alone.
-            n_loops: Loops to run; the trained number when None.
+            n_loops: Loops to run; the trained number when None. An exit gate has no say in it: see `early_exit`.
             return_type: `"logits"`: [batch, pos, vocab], meaningless on padding. `"loss"`: mean negative
                 log likelihood of the real next tokens, in nats.
+            initial_state: Z_0 of a model with a random initial state; drawn from `seed` when None.
+            seed: Of that draw.
+            past: What earlier tokens of the same texts left behind; this run's are added to it.
 
         Raises:
             ValueError: `input_ids` of the wrong shape or beyond the vocabulary, a mask of another shape or
-                with a hole in a row, `n_loops` below 1, or an unknown `return_type`.
+                with a hole in a row, `n_loops` below 1, an unknown `return_type`, an initial state of another
+                shape or of a model that has none, a past of other texts or loops, or tokens beyond a stored RoPE table.
         """
         if return_type not in ("logits", "loss"):
             raise ValueError(f"return_type = {return_type!r} is not allowed: use 'logits' or 'loss'.")
@@ -127,46 +161,169 @@ class LoopedLM(HookedRootModule):
         mask = self._checked(input_ids, attention_mask)
         if return_type == "loss" and input_ids.shape[1] < 2:
             raise ValueError("return_type='loss' needs at least 2 tokens, one to predict from and one to predict.")
+        seen = self._seen(past, input_ids, mask, n_loops)
         embedding = self.hook_embed(self._embedded(input_ids))
-        layout = Layout.of(self.cfg, input_ids, mask, embedding.dtype)
+        layout = Layout.of(self.cfg, input_ids, mask, embedding.dtype, self.rope_table, seen)
+        start = self._prelude(embedding, layout, past)
+        carry = self._initial(start, layout, initial_state, seed)
         memory: list[KeyValue | None] = [None] * self.cfg.n_layers
-        carry = readout = embedding
         for loop in range(1, n_loops + 1):
             hooks: LoopHooks = self.loops[str(loop)]  # type: ignore[assignment]
             # A copy: hooks that edit in place must not reach the E that later loops inject.
-            x = hooks.hook_in(embedding.clone() if loop == 1 else self._inject(embedding, carry, layout.real))
+            x = hooks.hook_in(start.clone() if carry is None else self._inject(start, carry, layout, past, loop))
             for layer, block in enumerate(self.blocks):
-                x, made = block(x, layout, hooks.blocks[layer], memory[layer])
+                extend = None
+                if past is not None:
+                    extend = past.extend((loop, layer), None if memory[layer] is None else self.cfg.window - 1)
+                x, made = block(x, layout, hooks.blocks[layer], memory[layer], extend)
                 if loop == 1 and self.cfg.memory == "first":
                     memory[layer] = made
             raw = hooks.hook_out_pre_norm(x)
-            if loop == n_loops:
-                readout = hooks.hook_readout(hooks.hook_out(self.ln_final(raw)))
-            else:
-                if hooks.hook_readout.has_hooks():
-                    hooks.hook_readout(self.ln_final(raw))
-                carry = hooks.hook_out(self.ln_final(raw) if self.cfg.norm_between_loops else raw)
-        logits = self.unembed(readout)
+            if self.cfg.exit_gate and hooks.hook_exit_gate.has_hooks():
+                hooks.hook_exit_gate(torch.sigmoid(self.exit_gate(self.ln_final(raw))).squeeze(-1))
+            last = loop == n_loops
+            handed = self.ln_final(raw) if self.cfg.norm_between_loops or (last and not self.cfg.n_coda) else raw
+            if not last and hooks.reads_out():
+                self._exit(handed if self.cfg.n_coda else self.ln_final(raw), loop, layout, past, silent=True)
+            carry = handed = hooks.hook_out(handed)
+        if past is not None:
+            past.seen += input_ids.shape[1]
+        logits = self.unembed(self._exit(handed, n_loops, layout, past))
         return logits if return_type == "logits" else next_token_loss(logits, input_ids, mask)
 
+    def generate(self, input_ids: Int[Tensor, "batch pos"], max_new_tokens: int, **settings: Any) -> Tensor:
+        """Go on with texts, token by token; see `loopdiag.model.generation.generate`."""
+        from loopdiag.model.generation import generate
+
+        return generate(self, input_ids, max_new_tokens, **settings)
+
+    def save(self, folder: str | PathLike[str], dtype: torch.dtype | str | None = None) -> None:
+        """Write a folder that `loopdiag.load` reads; see `loopdiag.model.saving.save`."""
+        from loopdiag.model.saving import save
+
+        save(self, folder, dtype)
+
     def unembed(self, readout: State) -> Float[Tensor, "batch pos vocab"]:
-        """Logits of N(Y): the head, or the embedding matrix when the two are tied."""
+        """Logits of what the head reads: through the head, or the embedding matrix when the two are tied."""
         return F.linear(readout, self.embed.weight if self.cfg.tie_embeddings else self.head.weight)
+
+    @torch.no_grad()
+    def coda_out(self, handed: State, attention_mask: Tensor | None = None) -> State:
+        """Raw output of the coda when the loops hand over `handed`; the final norm of it is what the head reads.
+
+        Raises:
+            ValueError: The model has no coda.
+        """
+        if not self.cfg.n_coda:
+            raise ValueError("coda_out: this model has no coda; its head reads ln_final of the last state.")
+        places = handed.new_zeros(handed.shape[:2], dtype=torch.long)
+        layout = Layout.of(self.cfg, places, self._checked(places, attention_mask), handed.dtype, self.rope_table)
+        return self._coda(handed, layout, self._silent_coda[0])
+
+    @torch.no_grad()
+    def early_exit(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        threshold: float | None = None,
+        n_loops: int | None = None,
+    ) -> EarlyExit:
+        """What the model gives when its exit gate decides, token by token, after which loop to leave.
+
+        All loops are run, as in the released code; the gate chooses whose logits count.
+
+        Args:
+            input_ids, attention_mask: As for the model itself.
+            threshold: Cumulative probability at which to leave; the configuration's when None.
+            n_loops: Loops to run at most; the trained number when None.
+
+        Raises:
+            ValueError: The model has no exit gate.
+        """
+        if not self.cfg.exit_gate:
+            raise ValueError("early_exit: this model has no exit gate; model(ids, n_loops=r) stops after loop r.")
+        n_loops = self.cfg.n_loops if n_loops is None else n_loops
+        points = [
+            f"loops.{loop}.{point}" for loop in range(1, n_loops + 1) for point in ("hook_exit_gate", "hook_readout")
+        ]
+        _, kept = self.run_with_cache(input_ids, attention_mask, n_loops=n_loops, names_filter=points)
+        leave, readouts = (torch.stack([kept[name] for name in points[first::2]], dim=2) for first in (0, 1))
+        probabilities = exit_probabilities(leave)
+        loop = exit_loop(probabilities, self.cfg.exit_threshold if threshold is None else threshold)
+        chosen = readouts.gather(2, (loop - 1)[:, :, None, None].expand(-1, -1, 1, readouts.shape[3])).squeeze(2)
+        return EarlyExit(self.unembed(chosen), loop, probabilities)
 
     def _embedded(self, input_ids: Tensor) -> State:
         try:
-            return self.embed(input_ids)
+            return self.cfg.embed_multiplier * self.embed(input_ids)
         except IndexError:
             raise ValueError(
                 f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}: tokens of this model are "
                 f"0 to {self.cfg.vocab_size - 1}."
             ) from None
 
-    def _inject(self, embedding: State, carry: State, real: Tensor | None) -> State:
-        shifted = shift(carry, self.cfg.offset, real)
+    def _prelude(self, embedding: State, layout: Layout, past: Past | None) -> State:
+        """E, where the loops start."""
+        if not self.cfg.n_prelude:
+            return embedding
+        x = embedding
+        for layer, block in enumerate(self.prelude_blocks):
+            extend = None if past is None else past.extend(("prelude", layer))
+            x, _ = block(x, layout, self.prelude.blocks[layer], extend=extend)
+        return self.prelude.hook_out(x)
+
+    def _coda(self, handed: State, layout: Layout, hooks: CodaHooks, past: Past | None = None, loop: int = 0) -> State:
+        x = hooks.hook_in(self.ln_final(handed) if self.cfg.norm_before_coda else handed)
+        for layer, block in enumerate(self.coda_blocks):
+            extend = None if past is None else past.extend(("coda", loop, layer))
+            x, _ = block(x, layout, hooks.blocks[layer], extend=extend)
+        return x
+
+    def _exit(self, state: State, loop: int, layout: Layout, past: Past | None, silent: bool = False) -> State:
+        """What the head reads after `loop`; `state` is what the coda reads, or without one N(Y)."""
+        hooks: LoopHooks = self.loops[str(loop)]  # type: ignore[assignment]
+        if self.cfg.n_coda:
+            coda = self._silent_coda[0] if silent else self.coda
+            state = self.ln_final(hooks.hook_coda_out(self._coda(state, layout, coda, past, loop)))
+        return hooks.hook_readout(state)
+
+    def _initial(self, start: State, layout: Layout, given: State | None, seed: int) -> State | None:
+        """Z_0, or None where loop 1 starts from E."""
+        if self.cfg.initial_state == "embedding":
+            if given is not None:
+                raise ValueError("initial_state was given, but this model starts from its embedding.")
+            return None
+        if given is None:
+            given = random_state(self.cfg, layout.positions, seed).expand_as(start)
+        elif given.shape != start.shape:
+            raise ValueError(f"initial_state has shape {tuple(given.shape)}: it must be {tuple(start.shape)}.")
+        return self.hook_initial_state(given.to(start))
+
+    def _inject(self, start: State, carry: State, layout: Layout, past: Past | None, loop: int) -> State:
+        """B_r of Z_{r-1}."""
+        offset = self.cfg.offset
+        before = None if past is None or not offset else past.before(loop, carry, offset)
+        shifted = shift(carry, offset, layout.real, before)
         if self.cfg.injection == "none":
             return shifted
-        return self.cfg.embed_scale * embedding + self.cfg.carry_scale * shifted
+        if self.cfg.injection == "concat":
+            return self.adapter(torch.cat((shifted, start), dim=-1))
+        return self.cfg.embed_scale * start + self.cfg.carry_scale * shifted
+
+    def _seen(self, past: Past | None, input_ids: Tensor, mask: Tensor | None, n_loops: int) -> int:
+        """Tokens before these; refuses a past that does not fit."""
+        seen = 0
+        if past is not None:
+            if mask is not None:
+                raise ValueError("past goes with texts of one length: attention_mask must be all 1, or left out.")
+            past.check(len(input_ids), n_loops)
+            seen = past.seen
+        if self.rope_table is not None and seen + input_ids.shape[1] > self.cfg.n_ctx:
+            raise ValueError(
+                f"{seen + input_ids.shape[1]} tokens are more than this model's table of rotations has: "
+                f"{self.cfg.n_ctx}."
+            )
+        return seen
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask as booleans, or None when nothing is padded."""
@@ -295,21 +452,6 @@ def _one_run(mask: Tensor) -> bool:
     """Whether the True entries of every row stand together."""
     starts = mask[:, :1].long().sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     return bool((starts <= 1).all())
-
-
-def shift(carry: State, offset: int, real: Tensor | None = None) -> State:
-    """`carry` moved `offset` tokens to the right within each document; zeros come in at its start.
-
-    Args:
-        carry: [batch, pos, d_model].
-        offset: Tokens, >= 0.
-        real: False on padding; None when there is none.
-    """
-    if offset == 0:
-        return carry
-    if real is not None:
-        carry = carry.masked_fill(~real.unsqueeze(-1), 0)
-    return F.pad(carry, (0, 0, offset, 0))[:, : carry.shape[1]]
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor, real: Tensor | None) -> Tensor:

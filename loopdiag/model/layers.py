@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from loopdiag.model.config import LoopedConfig
+from loopdiag.model.config import LoopedConfig, RopePairs
 
 Heads = Float[Tensor, "batch pos head d_head"]
-KeyValue = tuple[Heads, Heads]
+KeyHeads = Float[Tensor, "batch key kv_head d_head"]
+KeyValue = tuple[KeyHeads, KeyHeads]
+# This run's keys and values, with those that earlier runs left behind before them.
+Extend = Callable[[KeyValue], KeyValue]
 
 
 class AttentionHooks(nn.Module):
@@ -49,56 +54,143 @@ class LoopHooks(nn.Module):
         blends = cfg.memory == "first" and loop > 1
         self.hook_in = HookPoint()
         self.blocks = nn.ModuleList(LayerHooks(blends) for _ in range(cfg.n_layers))
-        self.hook_out_pre_norm, self.hook_out, self.hook_readout = HookPoint(), HookPoint(), HookPoint()
+        self.hook_out_pre_norm, self.hook_out = HookPoint(), HookPoint()
+        if cfg.exit_gate:
+            self.hook_exit_gate = HookPoint()
+        if cfg.n_coda:
+            self.hook_coda_out = HookPoint()
+        self.hook_readout = HookPoint()
+
+    def reads_out(self) -> bool:
+        """Whether somebody asks for the exit after this loop."""
+        return self.hook_readout.has_hooks() or (hasattr(self, "hook_coda_out") and self.hook_coda_out.has_hooks())
+
+
+class PreludeHooks(nn.Module):
+    """Hook points of the layers before the loops."""
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(LayerHooks(blends=False) for _ in range(cfg.n_prelude))
+        self.hook_out = HookPoint()
+
+
+class CodaHooks(nn.Module):
+    """Hook points of the layers after the loops."""
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.hook_in = HookPoint()
+        self.blocks = nn.ModuleList(LayerHooks(blends=False) for _ in range(cfg.n_coda))
+
+
+class RopeTable(nn.Module):
+    """Rotations as a checkpoint stores them: cos and sin by position and pair.
+
+    They stay in float32 whatever the model is cast to: rounded to bfloat16, they move logits.
+    """
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.table: Tensor
+        self.register_buffer("table", torch.zeros(cfg.n_ctx, cfg.d_head // 2, 2))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RopeTable:
+        kept = self.table
+        super()._apply(fn, recurse)
+        if self.table.dtype != kept.dtype:
+            self.table = kept.to(self.table.device)
+        return self
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a batch stand and what each may see; the same for every loop and layer.
+    """Where the tokens of a run stand and what each may see; the same for every loop and layer.
 
     Attributes:
-        cos, sin: RoPE tables.
+        positions: Of the tokens in their documents.
+        cos, sin: Rotations of the tokens.
         causal: Allowed keys of the full attention, or None when plain causality says it all.
         local: Allowed keys of the sliding window; None where no loop has one.
         real: False on padding, or None when there is none.
     """
 
+    positions: Int[Tensor, "#batch pos"]
     cos: Float[Tensor, "#batch pos 1 half"]
     sin: Float[Tensor, "#batch pos 1 half"]
-    causal: Bool[Tensor, "batch 1 pos pos"] | None
-    local: Bool[Tensor, "#batch 1 pos pos"] | None
+    causal: Bool[Tensor, "#batch 1 pos key"] | None
+    local: Bool[Tensor, "#batch 1 pos near"] | None
     real: Bool[Tensor, "batch pos"] | None
 
     @classmethod
     def of(
-        cls, cfg: LoopedConfig, input_ids: Int[Tensor, "batch pos"], mask: Tensor | None, dtype: torch.dtype
+        cls,
+        cfg: LoopedConfig,
+        input_ids: Int[Tensor, "batch pos"],
+        mask: Tensor | None,
+        dtype: torch.dtype,
+        table: RopeTable | None = None,
+        seen: int = 0,
     ) -> Layout:
-        """Positions count real tokens only, so that padding on either side changes nothing."""
+        """Positions count real tokens only, so that padding on either side changes nothing.
+
+        Args:
+            cfg: The model's.
+            input_ids: Tokens of this run.
+            mask: True on real tokens; None where nothing is padded.
+            dtype: Of the rotations.
+            table: Rotations that came with the weights.
+            seen: Tokens of earlier runs, whose keys and values are kept and go before these.
+        """
         device, length = input_ids.device, input_ids.shape[1]
-        index = torch.arange(length, device=device)
-        ahead = index[:, None] - index[None, :]  # query minus key
+        key = torch.arange(seen + length, device=device)
+        index = key[seen:]
+        ahead = index[:, None] - key[None, :]  # query minus key
         visible = (ahead >= 0)[None, None]
-        causal = None
+        causal = visible if seen else None
         positions = index[None]
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             # A padding query keeps itself in sight: a row without a key has no softmax.
             itself = (ahead == 0)[None, None]
             causal = visible = (visible & mask[:, None, None, :]) | itself
-        # Tables in float64 whatever the model runs in: at long contexts float32 angles are off by 1e-3.
-        inverse = cfg.rope_base ** (-torch.arange(0, cfg.d_head, 2, device=device, dtype=torch.float64) / cfg.d_head)
-        angle = positions[:, :, None, None].double() * inverse
-        local = visible & (ahead < cfg.window)[None, None] if cfg.memory == "first" else None
-        return cls(angle.cos().to(dtype), angle.sin().to(dtype), causal, local, mask)
+        local = None
+        if cfg.memory == "first":
+            near = visible & (ahead < cfg.window)[None, None]
+            local = near[..., seen - min(seen, cfg.window - 1) :]  # no more is kept of the window
+        cos, sin = _angles(cfg, positions, table)
+        return cls(positions, cos.to(dtype), sin.to(dtype), causal, local, mask)
 
 
-def rotate(x: Heads, layout: Layout) -> Heads:
-    """RoPE on the pairs (i, i + d_head / 2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * layout.cos - second * layout.sin, second * layout.cos + first * layout.sin), dim=-1)
+def _angles(cfg: LoopedConfig, positions: Int[Tensor, "#batch pos"], table: RopeTable | None) -> tuple[Tensor, Tensor]:
+    """cos and sin [batch, pos, 1, half] of every pair."""
+    if table is not None:
+        cos, sin = table.table[positions].unsqueeze(2).unbind(-1)
+        return cos, sin
+    # In float64 whatever the model runs in: at long contexts float32 angles are off by 1e-3.
+    pair = torch.arange(0, cfg.d_head, 2, device=positions.device, dtype=torch.float64)
+    speed = cfg.rope_base ** (-pair / cfg.d_head)
+    if cfg.rope_scaling is not None:
+        scaling = cfg.rope_scaling
+        turns = scaling.original_n_ctx * speed / (2 * math.pi)
+        slow, fast = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - slow) / (fast - slow)).clamp(0, 1)
+        speed = speed * (kept + (1 - kept) / scaling.factor)
+    angle = positions[:, :, None, None].double() * speed
+    return angle.cos(), angle.sin()
 
 
-def attend(q: Heads, k: Heads, v: Heads, allowed: Tensor | None, hook_pattern: HookPoint) -> Heads:
+def rotate(x: Heads, layout: Layout, pairs: RopePairs) -> Heads:
+    """RoPE on the pairs (i, i + d_head / 2) or (2i, 2i + 1)."""
+    if pairs == "half":
+        first, second = x.chunk(2, dim=-1)
+    else:
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = first * layout.cos - second * layout.sin, second * layout.cos + first * layout.sin
+    return torch.cat(turned, dim=-1) if pairs == "half" else torch.stack(turned, dim=-1).flatten(-2)
+
+
+def attend(q: Heads, k: KeyHeads, v: KeyHeads, allowed: Tensor | None, hook_pattern: HookPoint) -> Heads:
     """Attention of every query head; `allowed=None` is plain causality.
 
     The pattern [batch, head, query, key] exists only while a hook asks for it; what the hook returns
@@ -138,14 +230,14 @@ class Gate(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention whose keys and values may be shared across loops."""
 
-    def __init__(self, cfg: LoopedConfig) -> None:
+    def __init__(self, cfg: LoopedConfig, looped: bool) -> None:
         super().__init__()
-        self.d_head = cfg.d_head
-        self.q_proj = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=False)
-        self.k_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
+        self.d_head, self.rope_pairs = cfg.d_head, cfg.rope_pairs
+        self.q_proj = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.qk_bias)
+        self.k_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=cfg.qk_bias)
         self.v_proj = nn.Linear(cfg.d_model, cfg.n_kv_heads * cfg.d_head, bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
-        if cfg.memory == "first":
+        if looped and cfg.memory == "first":
             self.gate = Gate(cfg)
 
     def forward(
@@ -155,8 +247,9 @@ class Attention(nn.Module):
         layout: Layout,
         hooks: AttentionHooks,
         memory: KeyValue | None,
+        extend: Extend | None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValue]:
-        """Attention output, and the rotated keys and the values that this call made.
+        """Attention output, and the rotated keys and the values that it saw as its own.
 
         With `memory` (loop 1's keys and values) the output blends attention to the memory with a
         sliding window over this call's own.
@@ -169,7 +262,10 @@ class Attention(nn.Module):
                 (self.v_proj, hooks.hook_v),
             )
         )
-        q, k = hooks.hook_rot_q(rotate(q, layout)), hooks.hook_rot_k(rotate(k, layout))
+        q = hooks.hook_rot_q(rotate(q, layout, self.rope_pairs))
+        k = hooks.hook_rot_k(rotate(k, layout, self.rope_pairs))
+        if extend is not None:
+            k, v = extend((k, v))
         if memory is None:
             z = attend(q, k, v, layout.causal, hooks.hook_pattern)
         else:
@@ -194,19 +290,38 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm layer of the shared block."""
+    """One layer: attention and MLP, each adding to the residual stream; `LoopedConfig.norms` says where it normalises.
 
-    def __init__(self, cfg: LoopedConfig) -> None:
+    Args:
+        cfg: The model's.
+        looped: Whether it belongs to the shared block; layers of prelude and coda blend no branches.
+    """
+
+    def __init__(self, cfg: LoopedConfig, looped: bool = True) -> None:
         super().__init__()
-        self.ln1 = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
-        self.attn = Attention(cfg)
-        self.ln2 = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.norms = cfg.norms
+
+        def norm(there: bool) -> nn.Module:
+            return nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps) if there else nn.Identity()
+
+        before, after = cfg.norms != "post", cfg.norms != "pre"
+        self.ln1, self.ln1_post = norm(before), norm(after)
+        self.attn = Attention(cfg, looped)
+        self.ln2, self.ln2_post = norm(before), norm(after)
         self.mlp = SwiGLU(cfg)
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], layout: Layout, hooks: LayerHooks, memory: KeyValue | None
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        layout: Layout,
+        hooks: LayerHooks,
+        memory: KeyValue | None = None,
+        extend: Extend | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValue]:
         x = hooks.hook_resid_pre(x)
-        attn_out, made = self.attn(self.ln1(x), x, layout, hooks.attn, memory)
-        x = hooks.hook_resid_mid(x + attn_out)
-        return hooks.hook_resid_post(x + self.mlp(self.ln2(x))), made
+        attn_out, made = self.attn(self.ln1(x), x, layout, hooks.attn, memory, extend)
+        x = hooks.hook_resid_mid(self._add(x, attn_out, self.ln1_post))
+        return hooks.hook_resid_post(self._add(x, self.mlp(self.ln2(x)), self.ln2_post)), made
+
+    def _add(self, x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+        return x + norm(update) if self.norms == "sandwich" else norm(x + update)

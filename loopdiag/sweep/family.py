@@ -24,7 +24,8 @@ from loopdiag.corpus import bundled
 from loopdiag.diagnosis import diagnose
 from loopdiag.files import whole
 from loopdiag.model.config import LoopedConfig
-from loopdiag.model.loading import BUNDLED, load, save
+from loopdiag.model.loading import BUNDLED, load
+from loopdiag.model.saving import save
 from loopdiag.sweep import sources
 from loopdiag.sweep.training import Recipe, train
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from loopdiag.model.checkpoints.common import Keys, Names, llama_names, llama_sizes
 from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "iquestpltcoder"
 DESCRIPTION = "Parallel Loop Transformers: LoopCoder-V2 and the bundled family"
 
-# What a missing key means, from the vendor's configuration class. Keys without a default are required.
+# What a missing key means, from the vendor's configuration class.
 DEFAULTS: dict[str, Any] = {
     "plt_num_loops": 2,
     "plt_window_size": [64, 0],
@@ -22,62 +23,28 @@ DEFAULTS: dict[str, Any] = {
     "plt_emb_scale": None,
     "plt_hidden_scale": None,
     "plt_gate_use_hidden_states": False,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
-}
-# Settings that change the computation and that this family's released files never turn on.
-UNSUPPORTED = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "rope_scaling": (None,),
-    "hidden_act": ("silu", None),
 }
 
 
-def read_config(keys: dict[str, Any]) -> LoopedConfig:
-    """The configuration that a `config.json` of this family describes.
-
-    Raises:
-        ValueError: A key is missing, out of range, or asks for something this family does not have.
-    """
-    for key, allowed in UNSUPPORTED.items():
-        if keys.get(key) not in allowed:
-            raise ValueError(
-                f"config.json: {key} = {keys[key]!r} is not supported for {MODEL_TYPE}: allowed is {allowed[0]!r}."
-            )
-    full = DEFAULTS | keys
-    try:
-        heads = full["num_attention_heads"]
-        left, right = full["plt_window_size"]
-        if right != 0:
-            raise ValueError(f"config.json: plt_window_size = [{left}, {right}] looks ahead: allowed is [n, 0].")
-        return LoopedConfig(
-            vocab_size=full["vocab_size"],
-            d_model=full["hidden_size"],
-            n_layers=full["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=full.get("num_key_value_heads", heads),
-            # The fork ignores `head_dim`; in every known file the two agree, and read_weights checks shapes.
-            d_head=full.get("head_dim") or full["hidden_size"] // heads,
-            d_mlp=full["intermediate_size"],
-            n_ctx=full["max_position_embeddings"],
-            n_loops=full["plt_num_loops"],
-            offset=1,
-            injection="add",
-            embed_scale=_one_if_null(full["plt_emb_scale"]),
-            carry_scale=_one_if_null(full["plt_hidden_scale"]),
-            memory="first",
-            window=left + 1,
-            gate_input="hidden" if full["plt_gate_use_hidden_states"] else "query",
-            norm_between_loops=full["plt_normalize_per_loop"],
-            rope_base=float(full["rope_theta"]),
-            norm_eps=full["rms_norm_eps"],
-            tie_embeddings=full["tie_word_embeddings"],
-        )
-    except KeyError as missing:
-        raise ValueError(f"config.json: the key {missing} is missing; {MODEL_TYPE} needs it.") from None
+def read_config(keys: Keys) -> LoopedConfig:
+    """The configuration that a `config.json` of this family describes; see `checkpoints`."""
+    full = DEFAULTS | dict(keys)
+    left, right = full["plt_window_size"]
+    if right != 0:
+        raise ValueError(f"plt_window_size = [{left}, {right}] looks ahead: allowed is [n, 0].")
+    return LoopedConfig(
+        # The vendor's fork ignores `head_dim`; in every known file it is hidden_size / heads.
+        **llama_sizes(keys),
+        n_loops=full["plt_num_loops"],
+        offset=1,
+        injection="add",
+        embed_scale=_one_if_null(full["plt_emb_scale"]),
+        carry_scale=_one_if_null(full["plt_hidden_scale"]),
+        memory="first",
+        window=left + 1,
+        gate_input="hidden" if full["plt_gate_use_hidden_states"] else "query",
+        norm_between_loops=full["plt_normalize_per_loop"],
+    )
 
 
 def _one_if_null(scale: float | None) -> float:
@@ -90,12 +57,15 @@ def write_config(cfg: LoopedConfig) -> dict[str, Any]:
     Raises:
         ValueError: `cfg` is no Parallel Loop Transformer, so this layout cannot say it.
     """
-    wanted = {"offset": 1, "injection": "add", "memory": "first"}
-    for name, value in wanted.items():
-        if getattr(cfg, name) != value:
-            raise ValueError(
-                f"{MODEL_TYPE} cannot store {name} = {getattr(cfg, name)!r}: it has {name} = {value!r} built in."
-            )
+    keys = _written(cfg)
+    said = read_config(keys)
+    # Whatever the layout has no key for must be what it has built in.
+    if lost := [name for name, value in vars(cfg).items() if value != getattr(said, name)]:
+        raise ValueError(f"{MODEL_TYPE} cannot store " + ", ".join(f"{n} = {getattr(cfg, n)!r}" for n in lost) + ".")
+    return keys
+
+
+def _written(cfg: LoopedConfig) -> dict[str, Any]:
     return {
         "architectures": ["IQuestPLTCoderForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -120,21 +90,9 @@ def write_config(cfg: LoopedConfig) -> dict[str, Any]:
     }
 
 
-def weight_names(cfg: LoopedConfig) -> dict[str, str]:
+def weight_names(cfg: LoopedConfig) -> Names:
     """Our parameter names, each with the released tensor's name."""
-    names = {"embed.weight": "model.embed_tokens.weight", "ln_final.weight": "model.norm.weight"}
-    if not cfg.tie_embeddings:
-        names["head.weight"] = "lm_head.weight"
-    parts = {
-        "ln1.weight": "input_layernorm.weight",
-        "ln2.weight": "post_attention_layernorm.weight",
-        "attn.gate.weight": "self_attn.plt_gate.weight",
-        "attn.gate.bias": "self_attn.plt_gate.bias",
-    }
+    parts = {f"attn.gate.{part}": f"self_attn.plt_gate.{part}" for part in ("weight", "bias")}
     if cfg.gate_input == "hidden":
         parts["attn.gate.norm.weight"] = "self_attn.plt_gate.gate_norm.weight"
-    parts |= {f"attn.{p}_proj.weight": f"self_attn.{p}_proj.weight" for p in "qkvo"}
-    parts |= {f"mlp.{p}_proj.weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
-    for layer in range(cfg.n_layers):
-        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in parts.items()}
-    return names
+    return llama_names(cfg, parts)

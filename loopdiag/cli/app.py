@@ -1,0 +1,228 @@
+"""The command line: arguments in, calls, tables out."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from loopdiag.cli.options import (
+    BUNDLED_DATA,
+    DEFAULT_MODEL,
+    MOST_LOOPS,
+    BatchOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    DocumentsOption,
+    Dtype,
+    DtypeOption,
+    FiguresOption,
+    JsonOption,
+    LocalOption,
+    LoopsOption,
+    ModelArgument,
+    OnlyModelArgument,
+    PriceOption,
+    QuietOption,
+    RevisionOption,
+    SaveOption,
+    SeedOption,
+    TokensOption,
+    in_range,
+)
+from loopdiag.cli.output import Exit, check_outputs, note, print_answer, print_info, reported_errors, stdout
+from loopdiag.cli.runs import Checkpoint, Run
+from loopdiag.errors import InputError
+from loopdiag.files import whole
+
+app = typer.Typer(
+    help="How many loops are worth it? Diagnoses of looped language models, loop by loop.",
+    epilog="Try: loopdiag recommend    loopdiag recommend tiny-plt-2 --loops 4 --json -    loopdiag info tiny-plt-4    "
+    "loopdiag models",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def recommend(
+    model: ModelArgument = DEFAULT_MODEL,
+    data: DataOption = BUNDLED_DATA,
+    documents: DocumentsOption = None,
+    max_tokens: TokensOption = None,
+    loops: LoopsOption = None,
+    price: PriceOption = 0.01,
+    batch_size: BatchOption = 8,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    local_files_only: LocalOption = False,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
+    json: JsonOption = None,
+    figures: FiguresOption = None,
+    save: SaveOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Recommend how many loops to run a checkpoint with, and predict how many to train with.
+
+    Exit codes: 0 answered, 1 failed while running, 2 wrong input, 3 the data cannot tell how many loops to run.
+    """
+    with reported_errors():
+        if not (math.isfinite(price) and price >= 0):
+            raise InputError(
+                f"--price {price} is out of range: allowed is a number >= 0, in nats per token and loop. Try 0.01."
+            )
+        to_json = None if json in (None, "-") else Path(json)
+        places = [Path(place).resolve() for place in (to_json, save) if place is not None]
+        if len(set(places)) < len(places) or (to_json and to_json.resolve() == Path(model).resolve()):
+            raise InputError("--json, --save and a saved diagnosis that is read must be different files.")
+        check_outputs(to_json, save, folder=figures, quiet=quiet)
+        checkpoint = Checkpoint(model, revision, local_files_only, device, dtype)
+        run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet)
+        diagnosis = run.diagnosis()
+
+        from loopdiag import gaincost
+        from loopdiag.gaincost.answer import answer, dumps
+
+        recommendation = gaincost.recommend(diagnosis, price, seed=seed)
+        told = answer(diagnosis, recommendation)
+        if save:
+            diagnosis.save(save)
+        if figures:
+            from loopdiag import plots
+
+            plots.draw(diagnosis, recommendation, figures)
+        if json == "-":
+            sys.stdout.write(dumps(told))
+        else:
+            if to_json:
+                with whole(to_json) as partial:
+                    partial.write_text(dumps(told), encoding="utf-8")
+            print_answer(told, recommendation)
+        raise typer.Exit(Exit.UNDETERMINED if recommendation.recommended_loops is None else Exit.ANSWERED)
+
+
+@app.command()
+def diagnose(
+    model: OnlyModelArgument = DEFAULT_MODEL,
+    data: DataOption = BUNDLED_DATA,
+    documents: DocumentsOption = None,
+    max_tokens: TokensOption = None,
+    loops: LoopsOption = None,
+    batch_size: BatchOption = 8,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    local_files_only: LocalOption = False,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
+    save: Annotated[Path, typer.Option("--save", help="Where the diagnosis goes (netCDF).")] = Path("diagnosis.nc"),
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a model and keep the diagnosis; `loopdiag recommend FILE` answers from it without the model."""
+    with reported_errors():
+        if Path(model).is_file():
+            raise InputError(
+                f"{model} is a file: give a model. To answer from a saved diagnosis: loopdiag recommend {model}"
+            )
+        check_outputs(save, quiet=quiet)
+        checkpoint = Checkpoint(model, revision, local_files_only, device, dtype)
+        run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet)
+        run.diagnosis().save(save)
+        stdout.print(str(save), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def models() -> None:
+    """List the bundled models and the supported families."""
+    with reported_errors():
+        from loopdiag.model.checkpoints import FAMILIES
+        from loopdiag.model.loading import bundled_models, find, read_config
+
+        table = Table("bundled model", "loops", "layers", "d_model", "context", "vocabulary", title="Bundled models")
+        for name in bundled_models():
+            cfg, _ = read_config(find(name))
+            table.add_row(name, *map(str, (cfg.n_loops, cfg.n_layers, cfg.d_model, cfg.n_ctx, cfg.vocab_size)))
+        stdout.print(table)
+        table = Table("model_type", "what it is", title="Supported families (a folder or a hub id)")
+        for family in FAMILIES:
+            table.add_row(family.MODEL_TYPE, family.DESCRIPTION)
+        stdout.print(table)
+
+
+@app.command()
+def info(
+    model: OnlyModelArgument = DEFAULT_MODEL,
+    loops: LoopsOption = None,
+    context: Annotated[int | None, typer.Option("--context", help="Tokens that a token sees; as FLOPs grow.")] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What keys and values are kept in.")] = Dtype.bfloat16,
+    revision: RevisionOption = None,
+    local_files_only: LocalOption = False,
+) -> None:
+    """Say what a model's configuration tells: wiring, parameters, and what each loop count costs. Needs no weights."""
+    with reported_errors():
+        in_range("--loops", loops, 1, MOST_LOOPS)
+        in_range("--context", context, 1)
+
+        from loopdiag.model.loading import find, read_config
+
+        cfg, family = read_config(find(model, revision=revision, local_files_only=local_files_only, weights=False))
+        print_info(model, cfg, family, loops or cfg.n_loops, context or min(cfg.n_ctx, 2048), dtype.value)
+
+
+@app.command()
+def generate(
+    model: OnlyModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to go on with.")],
+    loops: LoopsOption = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the likeliest tokens of this much probability.")
+    ] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws, and of a random initial state.")] = 0,
+    revision: RevisionOption = None,
+    local_files_only: LocalOption = False,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
+    quiet: QuietOption = False,
+) -> None:
+    """Go on with a text, with as many loops as you like: see what a loop count does."""
+    with reported_errors():
+        in_range("--loops", loops, 1, MOST_LOOPS)
+        net = Checkpoint(model, revision, local_files_only, device, dtype).load(loops, quiet)
+
+        import torch
+
+        if net.tokenizer is None:
+            raise InputError(f"{model} has no tokenizer, so it cannot read text.")
+        if chat and not net.tokenizer.chat_template:
+            raise InputError(f"{model} has no chat template: leave --chat out.")
+        text = prompt
+        if chat:
+            message = [{"role": "user", "content": prompt}]
+            text = net.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = net.tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        if not ids:
+            raise InputError("The prompt is empty: give at least one token.")
+        if loops and loops > net.cfg.n_loops and not quiet:
+            note(f"{loops} loops are beyond the {net.cfg.n_loops} that {model} was trained with")
+        if len(ids) + max_new_tokens > net.cfg.n_ctx and not quiet:
+            note(f"{len(ids)} + {max_new_tokens} tokens may go beyond the {net.cfg.n_ctx} that {model} was made for")
+        prompts = torch.tensor([ids], device=net.embed.weight.device)
+        settings = {"n_loops": loops, "temperature": temperature, "top_p": top_p, "seed": seed}
+        written = net.generate(prompts, max_new_tokens, **settings)[0].tolist()
+        sys.stdout.write(net.tokenizer.decode(written, skip_special_tokens=True) + "\n")
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,195 @@
+"""What commands say: tables on stdout; errors, notes and progress on stderr."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loopdiag.errors import InputError
+
+if TYPE_CHECKING:
+    from loopdiag.diagnosis import Diagnosis
+    from loopdiag.gaincost import Recommendation
+    from loopdiag.model import LoopedConfig
+
+stdout, stderr = Console(), Console(stderr=True)
+
+
+class Exit(IntEnum):
+    """What the exit code says."""
+
+    ANSWERED = 0
+    FAILED = 1
+    WRONG_INPUT = 2
+    UNDETERMINED = 3
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """One message on stderr and the right exit code; no traceback."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except InputError as error:
+        _stop(str(error), Exit.WRONG_INPUT)
+    except Exception as error:
+        if os.environ.get("LOOPDIAG_TRACEBACK"):
+            raise
+        _stop(f"{type(error).__name__}: {error} (LOOPDIAG_TRACEBACK=1 shows where)", Exit.FAILED)
+
+
+def _stop(message: str, code: Exit) -> None:
+    stderr.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def check_outputs(*files: Path | None, folder: Path | None = None, quiet: bool) -> None:
+    """Refuse outputs that cannot be written, and say which will be replaced, before any work."""
+    for file in (file for file in files if file is not None):
+        if file.is_dir():
+            raise InputError(f"{file} is a folder: give the name of a file.")
+        if not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
+            raise InputError(f"{file} cannot be written: {file.absolute().parent} is no folder that can be written to.")
+        if file.exists() and not quiet:
+            note(f"{file} is there and will be replaced")
+    if folder is not None:
+        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputError(f"{folder} cannot be made: {nearest} is no folder that can be written to.")
+        if nearest == folder.absolute() and any(folder.iterdir()) and not quiet:
+            note(f"figures of the same names in {folder} will be replaced")
+
+
+def note(message: str) -> None:
+    stderr.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each kind of work, on stderr."""
+    if quiet:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done, total=of)
+
+        yield tell
+
+
+def print_notes(diagnosis: Diagnosis) -> None:
+    """What happened to the documents, on stderr."""
+    about = diagnosis.provenance
+    if about["documents_cut"]:
+        note(f"{about['documents_cut']} of {about['documents']} documents were cut at {about['max_tokens']} tokens")
+    if about["documents_too_short"]:
+        note(f"{about['documents_too_short']} documents were left out: too short")
+    reasons: dict[str, list[str]] = {}
+    for name, why in about["absent"].items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        note(f"absent: {', '.join(names)} ({why})")
+
+
+def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
+    """The evidence by loop and both answers, on stdout."""
+    from loopdiag.gaincost.decision import describe
+
+    beyond = ", the loops with a star beyond training" if told["run_loops"] > told["trained_loops"] else ""
+    model, corpus = escape(told["model"]), escape(told["provenance"]["corpus"])
+    table = Table(
+        title=f"{model}: trained with {told['trained_loops']} loops, run with {told['run_loops']}{beyond}",
+        caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {corpus}. "
+        "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
+        box=None,  # at three digits the columns just fit into 80 characters
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    headings = "loop|exit NLL [95 %]|gain|cost|cost/\ngain|usable\nNLL|eff.\nrank|cos (ref.)"
+    for heading in escape(headings).split("|"):
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    for row in told["loops"]:
+        ratio = row["cost"] / row["gain"] if row["gain"] else None
+        cos = f"{_cell(row['cos_update'], 2)} ({_cell(row['cos_reference'], 2)})" if row["loop"] > 1 else ""
+        table.add_row(
+            f"{row['loop']}{'*' if row['extrapolated'] else ''}",
+            f"{row['nll_exit']:.3f} [{row['nll_exit_low']:.3f}, {row['nll_exit_high']:.3f}]",
+            *(_cell(row["gain"], 3), _cell(row["cost"], 3), _cell(ratio, 2)),
+            *(_cell(row["nll_usable"], 3), _cell(row["effective_rank"], 1), cos),
+        )
+    stdout.print(table)
+
+    support = ", ".join(f"{loop}: {share:.0%}" for loop, share in recommendation.support.items())
+    run = recommendation.recommended_loops or f"undetermined: {recommendation.why}"
+    lines = [
+        f"Run this checkpoint with how many loops? (measured)  {run}",
+        f"    support  {support}",
+        f"    price    {recommendation.price:g} nats per token and extra loop",
+        f"    break-even prices, by mean utility: {describe(recommendation.break_even)}",
+        "Train with how many loops? (predicted, provisional: the combination is not backtested)  "
+        f"{recommendation.predicted_training_loops or 'no lens has an opinion'}",
+    ]
+    agree = [name for name, pick in recommendation.lenses.items() if pick == recommendation.predicted_training_loops]
+    differ = [f"{name} ({pick})" for name, pick in recommendation.lenses.items() if name not in agree]
+    lines.append(f"    lenses   agree: {', '.join(agree) or 'none'}; differ: {', '.join(differ) or 'none'}")
+    for line in lines:
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def print_info(model: str, cfg: LoopedConfig, family: ModuleType, n_loops: int, context: int, dtype: str) -> None:
+    """What a configuration says, on stdout: the wiring, and a row for each loop count up to `n_loops`."""
+    from loopdiag.model import facts
+    from loopdiag.model.dtypes import as_dtype
+
+    lines = {
+        "family": f"{family.MODEL_TYPE}: {family.DESCRIPTION}",
+        "trained with": f"{cfg.n_loops} loop{'s' if cfg.n_loops > 1 else ''}",
+        "sizes": f"width {cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head} ({cfg.n_kv_heads} of keys and values), "
+        f"MLP {cfg.d_mlp}, vocabulary {cfg.vocab_size}, context {cfg.n_ctx}",
+        **facts.wiring(cfg),
+    }
+    table = Table(title=escape(model), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in lines.items():
+        table.add_row(name, escape(text))
+    stdout.print(table)
+    counts = facts.parameters(cfg)
+    table = Table(
+        *("loops", "parameters", "if unshared", "FLOPs/token", "KV bytes/token", "KV bytes fixed"),
+        caption=f"FLOPs: matrix products of a token that sees {context:,} tokens. KV bytes in {dtype}: what each token "
+        "adds, and what windows and carries hold. * beyond training.",
+        caption_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    for column in table.columns:
+        column.justify, column.vertical = "right", "bottom"
+    # All counts up to eight, then powers of two, and the last.
+    for count in sorted({*range(1, min(n_loops, 8) + 1), *(c for c in (16, 32) if c < n_loops), n_loops}):
+        kv = facts.kv_bytes(cfg, count, as_dtype(dtype).itemsize)
+        numbers = counts.once, counts.effective(count), facts.flops(cfg, count, context), kv.per_token, kv.fixed
+        table.add_row(f"{count}{'*' if count > cfg.n_loops else ''}", *(f"{number:,}" for number in numbers))
+    stdout.print(table)

@@ -1,0 +1,126 @@
+"""What the families' files share: the usual Llama keys and names, and how a stored tensor that holds several is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loopdiag.model.config import LoopedConfig, RopeScaling
+
+Keys = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` of a stored tensor of this shape."""
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+Names = dict[str, "str | Rows"]
+
+# What a missing key means in transformers' configuration of Llama. Keys without a default are required.
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}
+# Settings that change the computation, with what is built.
+LLAMA_BUILT: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu", None),
+}
+
+
+def refuse_unbuilt(keys: Keys, built: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse settings that this toolkit does not build.
+
+    Raises:
+        ValueError: A key of `built` is present with another value than the listed ones.
+    """
+    for key, allowed in built.items():
+        if key in keys and keys[key] not in allowed:
+            raise ValueError(f"{key} = {keys[key]!r} is not built: allowed is {' or '.join(map(repr, allowed))}.")
+
+
+def rotary(keys: Keys) -> dict[str, Any]:
+    """`rope_base` and `rope_scaling`, from the keys of transformers 4 or from `rope_parameters` of transformers 5.
+
+    Raises:
+        ValueError: A scaling other than that of Llama 3.
+    """
+    given = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    base: Any = given.get("rope_theta") or keys.get("rope_theta") or LLAMA_DEFAULTS["rope_theta"]
+    if kind == "default":
+        return {"rope_base": float(base)}
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling of type {kind!r} is not built: allowed are none, 'default' and 'llama3'.")
+    scaling = RopeScaling(
+        factor=given["factor"],
+        low_freq_factor=given["low_freq_factor"],
+        high_freq_factor=given["high_freq_factor"],
+        original_n_ctx=given["original_max_position_embeddings"],
+    )
+    return {"rope_base": float(base), "rope_scaling": scaling}
+
+
+def llama_sizes(keys: Keys) -> dict[str, Any]:
+    """The part of a `LoopedConfig` that the usual Llama keys say.
+
+    Raises:
+        KeyError: A key without a default is missing.
+        ValueError: A setting that is not built.
+    """
+    refuse_unbuilt(keys, LLAMA_BUILT)
+    full = LLAMA_DEFAULTS | dict(keys)
+    heads = full["num_attention_heads"]
+    return {
+        "vocab_size": full["vocab_size"],
+        "d_model": full["hidden_size"],
+        "n_layers": full["num_hidden_layers"],
+        "n_heads": heads,
+        "n_kv_heads": full.get("num_key_value_heads") or heads,
+        "d_head": full.get("head_dim") or full["hidden_size"] // heads,
+        "d_mlp": full["intermediate_size"],
+        "n_ctx": full["max_position_embeddings"],
+        "norm_eps": full["rms_norm_eps"],
+        "tie_embeddings": full["tie_word_embeddings"],
+        **rotary(full),
+    }
+
+
+def llama_names(cfg: LoopedConfig, parts: Mapping[str, str] | None = None) -> Names:
+    """Our parameter names, each with its name in the Llama layout.
+
+    Args:
+        cfg: The configuration.
+        parts: What a layer has beyond Llama's, or names otherwise.
+    """
+    layer_parts = {
+        "ln1.weight": "input_layernorm.weight",
+        "ln2.weight": "post_attention_layernorm.weight",
+        **{f"attn.{p}_proj.weight": f"self_attn.{p}_proj.weight" for p in "qkvo"},
+        **{f"mlp.{p}_proj.weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
+        **(parts or {}),
+    }
+    return {
+        "embed.weight": "model.embed_tokens.weight",
+        "ln_final.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+        **{
+            f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}"
+            for layer in range(cfg.n_layers)
+            for ours, theirs in layer_parts.items()
+        },
+    }
+
+
+PLAIN_LOOPS: dict[str, Any] = {"offset": 0, "injection": "none", "memory": "own"}
+"""The whole stack again and again: nothing shifted, nothing injected, keys and values of every loop its own."""

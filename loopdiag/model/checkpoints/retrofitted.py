@@ -1,0 +1,50 @@
+"""Retrofitted recurrence (`smcleish/Recurrent-Llama-3.2-...`, `Recurrent-TinyLlama-3T-...`), arXiv 2511.07384.
+
+Prelude, core and coda cut out of a pretrained Llama, in the code base and under the `model_type` of Huginn, but with
+Llama's layer: two norms, rotate-half RoPE (`rope_theta`; the `rope_base` of these files is not used), no table, no
+biases, and the final norm once. Their OLMo branch has other tensors and is refused when the weights are matched.
+"""
+
+from __future__ import annotations
+
+import math
+
+from loopdiag.model.checkpoints.common import Keys, Names, refuse_unbuilt, rotary
+from loopdiag.model.checkpoints.huginn import MODEL_TYPE, sizes, stacked_names
+from loopdiag.model.config import LoopedConfig
+
+__all__ = ["MODEL_TYPE"]
+DESCRIPTION = "Retrofitted recurrence: prelude, looped core and coda cut out of a Llama"
+BUILT = {"qk_bias": (False, None)}
+
+
+def claims(keys: Keys) -> bool:
+    """Whether a file with this `model_type` is of this family: Huginn's own has no `rope_theta`."""
+    return "rope_theta" in keys or "rope_parameters" in keys
+
+
+def read_config(keys: Keys) -> LoopedConfig:
+    """The configuration that a `config.json` of this family describes; see `checkpoints`."""
+    refuse_unbuilt(keys, BUILT)
+    init = keys.get("init_values") or {}
+    multiplier = init.get("embed_scale", math.sqrt(keys["n_embd"]))
+    return LoopedConfig(
+        **sizes(keys),
+        n_ctx=keys["max_position_embeddings"],
+        embed_multiplier=multiplier,
+        initial_state="random",
+        initial_std=multiplier * init.get("std", math.sqrt(2 / (5 * keys["n_embd"]))),
+        offset=0,
+        injection="concat",
+        memory="own",
+        norms="pre",
+        norm_between_loops=False,
+        norm_eps=keys["norm_eps"],
+        tie_embeddings=keys["tie_embeddings"],
+        **rotary(keys),
+    )
+
+
+def weight_names(cfg: LoopedConfig) -> Names:
+    """Our parameter names, each with the released tensor's name."""
+    return stacked_names(cfg, {"ln1.weight": "norm_1.weight", "ln2.weight": "norm_2.weight"})

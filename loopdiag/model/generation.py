@@ -1,0 +1,81 @@
+"""Text, token by token."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopdiag.errors import InputError
+from loopdiag.model.decoder import LoopedLM
+from loopdiag.model.past import Past
+
+
+@torch.no_grad()
+def generate(
+    model: LoopedLM,
+    input_ids: Int[Tensor, "batch pos"],
+    max_new_tokens: int,
+    *,
+    n_loops: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Int[Tensor, "batch longer"]:
+    """Go on with texts of one length, each token from the keys and values that the ones before it left behind.
+
+    A text ends at one of the model's `stop_tokens`; the rest of its row repeats that token. Hooks on the model fire in
+    every run, the first one over the prompt, the others over one token each.
+
+    Args:
+        model: The model.
+        input_ids: The prompts.
+        max_new_tokens: Tokens to add at most.
+        n_loops: Loops to run; the trained number when None.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        top_p: Draw from the likeliest tokens that together have this probability.
+        seed: Of the draws, and of the initial state of models that start from a random one.
+
+    Returns:
+        The prompts and what follows.
+
+    Raises:
+        InputError: A setting out of range; the message says what is allowed.
+    """
+    for name, value, fits, allowed in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "a number >= 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
+        ("seed", seed, seed >= 0, "0 or more"),
+    ):
+        if not fits:
+            raise InputError(f"{name} = {value} is out of range: allowed is {allowed}.")
+    longest = input_ids.shape[1] + max_new_tokens
+    if model.cfg.rope_table and longest > model.cfg.n_ctx:
+        raise InputError(
+            f"{input_ids.shape[1]} + {max_new_tokens} tokens are more than the {model.cfg.n_ctx} that this model has "
+            "rotations for: give fewer."
+        )
+    # Drawn on the CPU, so that a seed means the same text on every device.
+    generator = torch.Generator().manual_seed(seed)
+    past, ids, new = Past(), input_ids, input_ids
+    stops = torch.tensor(model.stop_tokens, dtype=ids.dtype, device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(max_new_tokens):
+        logits = model(new, n_loops=n_loops, seed=seed, past=past)[:, -1]
+        chosen = logits.argmax(-1) if temperature == 0 else _drawn(logits, temperature, top_p, generator)
+        new = torch.where(ended, ids[:, -1], chosen.to(ids)).unsqueeze(1)
+        ids = torch.cat((ids, new), dim=1)
+        ended |= torch.isin(new[:, 0], stops)
+        if ended.all():
+            break
+    return ids
+
+
+def _drawn(
+    logits: Float[Tensor, "batch vocab"], temperature: float, top_p: float, generator: torch.Generator
+) -> Int[Tensor, " batch"]:
+    p, order = (logits.double().cpu() / temperature).softmax(-1).sort(descending=True, stable=True)
+    # The likeliest token always stays: before it stands a probability of 0.
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)

@@ -1,0 +1,66 @@
+"""What the tokens of earlier runs left behind, for decoding token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+from loopdiag.model.layers import Extend, KeyValue
+from loopdiag.model.states import State
+
+
+class Past:
+    """Keys, values and carries of the tokens that were run so far.
+
+    `model(ids, past=past)` runs the next tokens of the same texts and adds theirs. Loops with a sliding window keep the
+    `window - 1` tokens that the next one can see, so a Parallel Loop Transformer holds one full set of keys
+    and values whatever its loop count, and between loops the last `offset` carries.
+
+    Attributes:
+        seen: Tokens of each text that were run.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._run: tuple[int, int] | None = None
+        self._kept: dict[Hashable, KeyValue] = {}
+        self._carries: dict[int, State] = {}
+
+    def check(self, texts: int, n_loops: int) -> None:
+        """Refuse a run that does not go on from this past; the first run settles what goes on.
+
+        Raises:
+            ValueError: Another number of texts or of loops than before.
+        """
+        if self._run is not None and self._run != (texts, n_loops):
+            raise ValueError(
+                f"This past is of {self._run[0]} texts run with {self._run[1]} loops; {texts} texts with {n_loops} "
+                "loops do not go on from it. Start with a new Past()."
+            )
+        self._run = (texts, n_loops)
+
+    def extend(self, place: Hashable, keep: int | None = None) -> Extend:
+        """A function that puts what `place` holds before new keys and values, and keeps the last `keep` of all."""
+
+        def joined(new: KeyValue) -> KeyValue:
+            old = self._kept.get(place)
+            k, v = new if old is None else (torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+            first = 0 if keep is None else max(0, k.shape[1] - keep)
+            # A slice would keep the whole tensor in memory.
+            self._kept[place] = (k[:, first:].clone(), v[:, first:].clone()) if first else (k, v)
+            return k, v
+
+        return joined
+
+    def before(self, loop: int, carry: State, offset: int) -> State:
+        """The last `offset` carries into `loop` of the tokens that go before; those of `carry` take their place."""
+        old = self._carries.get(loop, carry.new_zeros(len(carry), offset, carry.shape[2]))
+        self._carries[loop] = torch.cat((old, carry), dim=1)[:, carry.shape[1] :].clone()
+        return old
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is kept."""
+        tensors = [*(x for pair in self._kept.values() for x in pair), *self._carries.values()]
+        return sum(x.numel() * x.element_size() for x in tensors)
