@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 # Where each public name lives. Loaded on first use: `import loopdiag` must not wait for torch.
 _PUBLIC = {
     "Diagnosis": "loopdiag.diagnosis",
+    "ForeignModel": "loopdiag.trace",
     "GainCost": "loopdiag.gaincost",
     "LoopTrace": "loopdiag.trace",
     "LoopedConfig": "loopdiag.model",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from loopdiag.model import LoopedLM as LoopedLM
     from loopdiag.model import bundled_models as bundled_models
     from loopdiag.model import load as load
+    from loopdiag.trace import ForeignModel as ForeignModel
     from loopdiag.trace import LoopTrace as LoopTrace
     from loopdiag.trace import record as record
 

@@ -1,20 +1,20 @@
 """Planted diagnoses: results in the form that `diagnose` gives them, with a truth that the test chose."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import xarray as xr
 
-from loopdiag.diagnosis import DEFINITIONS, SCHEMA, Diagnosis
+from loopdiag.diagnosis import DEFINITIONS, SCHEMA, Diagnosis, absent
 
 EMBEDDING_NLL = 12.0
 LAYERS, HEADS = 2, 4
-READOUTS = ("nll_usable", "withheld")
 
 # The first loop at which a measure is defined; 0 for those not named.
 FIRST_LOOP = {
     **dict.fromkeys(("gain", "cost", "output_shift", "output_shift_reverse", "output_shift_js"), 1),
-    **dict.fromkeys(("step_size", "relative_step", "state_cosine"), 1),
+    **dict.fromkeys(("step_size", "relative_step", "state_cosine", "exit_probability"), 1),
     **dict.fromkeys(("cos_update", "cos_reference", "withheld", "gate_mean"), 2),
     **dict.fromkeys(("omega", "omega_relative", "omega_random"), 2),
 }
@@ -38,7 +38,19 @@ def planted(nll, *, documents=64, noise=0.0, difficulty=0.5, seed=0, **form):
     return diagnosis_of(np.asarray(nll) + shared + noise * rng.standard_normal((documents, len(nll))), **form)
 
 
-def diagnosis_of(nll, *, sources=None, trained_loops=None, churn=0.05, readouts=True, gated=True, curves=None):
+def diagnosis_of(
+    nll,
+    *,
+    sources=None,
+    trained_loops=None,
+    churn=0.05,
+    readouts=True,
+    offset=True,
+    gated=True,
+    coda=False,
+    exit_gate=False,
+    curves=None,
+):
     """A diagnosis with exactly these NLLs.
 
     Args:
@@ -47,7 +59,7 @@ def diagnosis_of(nll, *, sources=None, trained_loops=None, churn=0.05, readouts=
         trained_loops: As in the provenance; R when None.
         churn: Nats that a loop takes from some tokens and gives to others, beside its net; a number, or one per loop.
         readouts: Whether `nll_usable` and `withheld` were measured.
-        gated: Whether the model has gates.
+        offset, gated, coda, exit_gate: What the model has.
         curves: Truth over loops 0..R of measures other than the NLL, gain and cost.
     """
     nll = np.asarray(nll, dtype=float)
@@ -67,7 +79,9 @@ def diagnosis_of(nll, *, sources=None, trained_loops=None, churn=0.05, readouts=
         values["gate_mean"] = (
             values["gate_mean"][:, :, None, None] * np.linspace(0.9, 1.1, HEADS) * np.ones((LAYERS, 1))
         )
-    left_out = (() if readouts else READOUTS) + (() if gated else ("gate_mean",))
+    parts = {"offset": int(offset), "gate": gated or None, "coda": coda or None, "leave": exit_gate or None}
+    left_out = absent(SimpleNamespace(readable=True, **parts), readouts)
+    about = _provenance(documents, n_loops, trained_loops or n_loops) | {"absent": left_out}
     names = [f"document {document}" for document in range(documents)]
     return Diagnosis(
         xr.Dataset(
@@ -85,7 +99,7 @@ def diagnosis_of(nll, *, sources=None, trained_loops=None, churn=0.05, readouts=
                 "source": ("document", names if sources is None else list(sources)),
                 "loop": np.arange(n_loops + 1),
             },
-            attrs={"provenance": json.dumps(_provenance(documents, n_loops, trained_loops or n_loops), sort_keys=True)},
+            attrs={"provenance": json.dumps(about, sort_keys=True)},
         )
     )
 
@@ -114,6 +128,8 @@ def _truths(nll):
         "omega_relative": 0.9 + 0.0 * loop,
         "omega_random": 12.0 + 0.0 * loop,
         "gate_mean": 0.6 + 0.0 * loop,
+        "nll_lens": nll + 0.2,
+        "exit_probability": np.full(len(nll), 1 / (len(nll) - 1)),
     }
     return {name: np.where(loop < FIRST_LOOP.get(name, 0), np.nan, curve) for name, curve in curves.items()}
 

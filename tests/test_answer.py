@@ -34,6 +34,7 @@ ANSWER = {
     "break_even": list,
     "predicted_training_loops": int | None,
     "lenses": dict,
+    "absent": dict,
     "loops": list,
     "provenance": dict,
 }
@@ -82,21 +83,26 @@ def assert_contract(given):
         assert is_a(step["loops"], int)
         assert is_a(step["below"], float)
     assert all(is_a(pick, int) for pick in given["lenses"].values())
+    assert given["absent"] == given["provenance"]["absent"]
+    assert set(given["absent"]) <= set(DEFINITIONS)
+    assert all(is_a(why, str) for why in given["absent"].values())
     for row in given["loops"]:
         assert set(row) == set(ROW)
         for key, kind in ROW.items():
             assert is_a(row[key], kind), key
+            assert row[key] is None or key not in given["absent"], key
     assert [row["loop"] for row in given["loops"]] == list(range(1, given["run_loops"] + 1))
 
 
 # -- planted ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("readouts", [False, True])
+@pytest.mark.parametrize("has", [False, True])
 @pytest.mark.parametrize("n_loops", [1, 2, 4])
-def test_contract(n_loops, readouts):
-    """Every key of the contract with its type, whether or not readouts and gates were measured."""
-    diagnosis = planted(4 - 0.1 * np.arange(n_loops), noise=0.05, readouts=readouts, gated=readouts)
+def test_contract(n_loops, has):
+    """Every key of the contract with its type, whatever was fitted and whatever the model has."""
+    parts = dict.fromkeys(("readouts", "gated", "offset", "coda", "exit_gate"), has)
+    diagnosis = planted(4 - 0.1 * np.arange(n_loops), noise=0.05, **parts)
     assert_contract(told(diagnosis))
     assert set(ROW) >= ROW_OF_THE_ISSUE
     # As Python objects too: numpy's numbers are not what callers expect, though JSON may take some of them.
@@ -148,13 +154,46 @@ def test_answer_by_hand():
 
 def test_undefined_is_null():
     """What a loop has no value for is null at that loop only; a measure that was not taken is null at all."""
-    rows = told(planted([4.0, 3.5, 3.4]))["loops"]
-    nulls = {(row["loop"], key) for row in rows for key, value in row.items() if value is None}
-    assert nulls == {(1, key) for key, first in FIRST_LOOP.items() if first == 2}
-    rows = told(planted([4.0, 3.5, 3.4], readouts=False, gated=False))["loops"]
-    nulls -= {(1, "withheld"), (1, "gate_mean")}
-    nulls |= {(loop, key) for loop in (1, 2, 3) for key in ("nll_usable", "withheld", "gate_mean")}
-    assert {(row["loop"], key) for row in rows for key, value in row.items() if value is None} == nulls
+    nowhere = {"nll_lens", "exit_probability"}
+    assert nulls_of(planted([4.0, 3.5, 3.4], coda=True, exit_gate=True)) == nulls_at_1()
+    assert nulls_of(planted([4.0, 3.5, 3.4])) == nulls_at_1() | everywhere(nowhere)
+    nowhere |= {"nll_usable", "withheld", "gate_mean"}
+    assert nulls_of(planted([4.0, 3.5, 3.4], readouts=False, gated=False)) == nulls_at_1() | everywhere(nowhere)
+    nowhere |= {"omega", "omega_relative", "omega_random"}
+    without = planted([4.0, 3.5, 3.4], readouts=False, gated=False, offset=False)
+    assert nulls_of(without) == nulls_at_1() | everywhere(nowhere)
+
+
+def nulls_of(diagnosis):
+    """Loop and key of every null in the rows."""
+    return {(row["loop"], key) for row in told(diagnosis)["loops"] for key, value in row.items() if value is None}
+
+
+def nulls_at_1():
+    return {(1, key) for key, first in FIRST_LOOP.items() if first == 2}
+
+
+def everywhere(names):
+    return {(loop, name) for loop in (1, 2, 3) for name in names}
+
+
+def test_what_the_model_lacks_is_said():
+    """`absent` has each measure that is not there with the reason, at the top and in the provenance; else it is empty.
+
+    Which a measure is left out for depends on the model: a reason of its own each.
+    """
+    assert told(planted([4.0, 3.5], coda=True, exit_gate=True))["absent"] == {}
+    given = told(planted([4.0, 3.5], offset=False, gated=False, readouts=False))
+    no_offset, no_readouts = "the model has no cross-loop position offset", "readouts were not fitted"
+    assert given["absent"] == given["provenance"]["absent"]
+    assert {name: why for name, why in given["absent"].items() if name not in ("withheld", "nll_lens")} == {
+        **dict.fromkeys(("omega", "omega_relative", "omega_random"), no_offset),
+        "nll_usable": no_readouts,
+        "gate_mean": "attention blends no branches, so it has no gate",
+        "exit_probability": "the model has no exit gate",
+    }
+    assert given["absent"]["withheld"] in (no_offset, no_readouts)
+    assert "coda" in given["absent"]["nll_lens"]
 
 
 def test_documents_without_a_value_are_left_out_of_a_mean():
@@ -260,6 +299,7 @@ def test_planted_diagnoses_have_the_form_of_real_ones(real):
         name: (coord.dims, coord.dtype.kind) for name, coord in real.data.coords.items()
     }
     np.testing.assert_array_equal(fake.loops, real.loops)
+    assert fake.provenance["absent"] == real.provenance["absent"]
     planted_types = {key: type(value) for key, value in fake.provenance.items()}
     assert planted_types == {key: type(real.provenance.get(key)) for key in planted_types}
 

@@ -187,11 +187,11 @@ def more_layers(folder: Path) -> Path:
 BAD_MODELS = {
     no_weights: "has no weights",
     pickled_weights: "is a pickle, which can run code",
-    truncated_weights: "is damaged or cut short",
+    truncated_weights: "is damaged, cut short or missing",
     broken_config: "is not readable as JSON",
     other_family: "model_type 'gpt2' is not supported; supported are iquestpltcoder",
     other_shape: "but config.json asks for",
-    more_layers: "missing ['model.layers.2",
+    more_layers: "missing model.layers.2.",
 }
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain_plt import plain_run
+from plain_looped import plain_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformer_lens import ActivationCache

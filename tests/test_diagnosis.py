@@ -25,7 +25,11 @@ FROM_LOOP = {
     **dict.fromkeys(("step_size", "relative_step", "state_cosine"), 1),
     **dict.fromkeys(("cos_update", "cos_reference", "omega", "omega_relative", "omega_random"), 2),
     **dict.fromkeys(("withheld", "gate_mean"), 2),
+    "nll_lens": 0,
+    "exit_probability": 1,
 }
+# What a Parallel Loop Transformer has nothing of.
+NOT_OF_PLT = {"nll_lens", "exit_probability"}
 
 
 def make_readable(**changes):
@@ -61,7 +65,8 @@ def corpus_of(*texts, fit=CORPUS.fit):
 def test_dimensions_and_names(whole):
     """Every measure by document and loop 0..R, gates by layer and head too; documents and sources in their order."""
     data = whole.data
-    assert set(data.data_vars) == set(DEFINITIONS) == set(FROM_LOOP)
+    assert set(data.data_vars) == set(DEFINITIONS) - NOT_OF_PLT
+    assert set(DEFINITIONS) == set(FROM_LOOP)
     for name, values in data.data_vars.items():
         expected = ("document", "loop", "layer", "head") if name == "gate_mean" else ("document", "loop")
         assert values.dims == expected, name
@@ -84,8 +89,8 @@ def test_every_number_says_what_it_is(whole):
 
 def test_undefined_is_nan_and_nothing_else_is(whole):
     """The first loops of what looks back; every other number is finite."""
-    for name, first in FROM_LOOP.items():
-        values = whole.data[name]
+    for name, values in whole.data.items():
+        first = FROM_LOOP[name]
         assert values.isel(loop=slice(0, first)).isnull().all(), name
         assert np.isfinite(values.isel(loop=slice(first, None))).all(), name
 
@@ -112,12 +117,16 @@ def test_provenance(whole):
     assert about == json.loads(whole.data.attrs["provenance"])
     config = vars(BASE)
     expected = {
-        "schema": 1,
+        "schema": 2,
         "model": "a model made here",
         "weights_sha256": weights_hash(MODEL),
         "config": config,
         "trained_loops": 3,
         "run_loops": 4,
+        "absent": {
+            "nll_lens": "no coda stands before the head, so exits are the plain logit lens",
+            "exit_probability": "the model has no exit gate",
+        },
         "corpus": "random words",
         "corpus_sha256": CORPUS.fingerprint,
         "documents": 5,
@@ -141,9 +150,9 @@ def test_provenance(whole):
 
 def test_what_was_not_taken_is_left_out(quick):
     """Without readouts there is none of their variables, and without gates no gate."""
-    assert set(DEFINITIONS) - set(quick.data) == {"nll_usable", "withheld"}
+    assert set(DEFINITIONS) - set(quick.data) == {"nll_usable", "withheld"} | NOT_OF_PLT
     ungated = diagnose(make_readable(memory="own"), CORPUS, readouts=False, n_loops=1)
-    assert set(DEFINITIONS) - set(ungated.data) == {"nll_usable", "withheld", "gate_mean"}
+    assert set(DEFINITIONS) - set(ungated.data) == {"nll_usable", "withheld", "gate_mean"} | NOT_OF_PLT
     assert ungated.loops.tolist() == [1]
 
 
@@ -181,9 +190,9 @@ def test_readouts_never_see_what_is_reported(monkeypatch):
     """While readouts are fitted only `fit` documents are run; each document of `report` is run once, after that."""
     ran = []
 
-    def spy(model, batch, n_loops):
+    def spy(model, batch, n_loops, **settings):
         ran.extend(batch.names)
-        return record(model, batch, n_loops)
+        return record(model, batch, n_loops, **settings)
 
     monkeypatch.setattr(module, "record", spy)
     diagnose(MODEL, CORPUS)
@@ -219,7 +228,7 @@ def test_the_same_seed_gives_the_same_numbers(whole):
     xr.testing.assert_identical(diagnose(MODEL, CORPUS, n_loops=4).data, whole.data)
     other = diagnose(MODEL, CORPUS, n_loops=4, seed=1, batch_size=2)
     again = diagnose(MODEL, CORPUS, n_loops=4, seed=2, batch_size=2)
-    changed = {name for name in DEFINITIONS if not other.data[name].equals(again.data[name])}
+    changed = {name for name in other.data if not other.data[name].equals(again.data[name])}
     assert changed == {"nll_usable", "withheld"}
     assert other.provenance["seed"] == 1
 
@@ -303,7 +312,7 @@ def write_half(file, whole):
         (lambda file, whole: file.write_text("numbers " * 100), "is not a diagnosis"),
         (write_half, "is not a diagnosis"),
         (lambda file, whole: xr.Dataset().to_netcdf(file, engine="h5netcdf"), "is not a diagnosis.*provenance"),
-        (lambda file, whole: save_other(file, whole, schema=2), "has schema 2.*reads 1"),
+        (lambda file, whole: save_other(file, whole, schema=1), "has schema 1.*reads 2"),
     ],
     ids=["missing", "folder", "empty", "text", "half", "other_netcdf", "schema"],
 )
@@ -350,7 +359,7 @@ def test_a_model_that_cannot_read():
 
 def test_a_refusal_comes_before_the_model_runs(monkeypatch):
     """Wrong input is found before the expensive part."""
-    monkeypatch.setattr(module, "record", lambda *args: pytest.fail("the model was run"))
+    monkeypatch.setattr(module, "record", lambda *args, **settings: pytest.fail("the model was run"))
     for changes in ({"max_tokens": 65}, {"max_tokens": 15}, {"n_loops": 0}):
         with pytest.raises(ValueError, match=r"max_tokens|n_loops"):
             diagnose(MODEL, CORPUS, **changes)
@@ -402,8 +411,8 @@ def test_any_precision(whole, dtype):
     np.testing.assert_allclose(
         made.data["nll_exit"].mean("document"), whole.data["nll_exit"].mean("document"), atol=0.1
     )
-    for name, first in FROM_LOOP.items():
-        assert np.isfinite(made.data[name].isel(loop=slice(first, None))).all(), name
+    for name, values in made.data.items():
+        assert np.isfinite(values.isel(loop=slice(FROM_LOOP[name], None))).all(), name
 
 
 def test_a_document_of_one_repeated_token():

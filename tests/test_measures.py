@@ -155,7 +155,7 @@ def test_gates_by_hand():
 @pytest.mark.parametrize("given", [{"input_ids": torch.zeros(1, 3).long()}, {"head": torch.nn.Identity()}])
 def test_nothing_to_read_without_head_and_tokens(given):
     """The message says what to give; tokens are never made up."""
-    with pytest.raises(ValueError, match=r"exits.*head=, input_ids="):
+    with pytest.raises(ValueError, match=r"lacks head or tokens.*head=, input_ids="):
         exits(trace_of(torch.zeros(2, 1, 3, 4), **given))
 
 

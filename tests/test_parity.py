@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_plt import plain_run
+from plain_looped import plain_run
 from safetensors.torch import load_file
 
 from loopdiag.model.checkpoints.iquestpltcoder import read_config, weight_names

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain_plt import norm, plain_run
+from plain_looped import norm, plain_run
 from test_decoder import CONFIGS, make_model
 from tiny import assert_same, padded, token_lists
 

@@ -112,19 +112,21 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
     """The evidence by loop and both answers, on stdout."""
     from loopdiag.gaincost.decision import describe
 
+    lens = "nll_lens" not in told["absent"]  # beside the exits of a model with a coda
     beyond = ", the loops with a star beyond training" if told["run_loops"] > told["trained_loops"] else ""
     model, corpus = escape(told["model"]), escape(told["provenance"]["corpus"])
     table = Table(
-        title=f"{model}: trained with {told['trained_loops']} loops, run with {told['run_loops']}{beyond}",
+        title=f"{model}: trained with {_loops(told['trained_loops'])}, run with {told['run_loops']}{beyond}",
         caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {corpus}. "
         "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
         box=None,  # at three digits the columns just fit into 80 characters
-        padding=(0, 2, 0, 0),
+        padding=(0, 1 if lens else 2, 0, 0),
         pad_edge=False,
         title_justify="left",
         caption_justify="left",
     )
     headings = "loop|exit NLL [95 %]|gain|cost|cost/\ngain|usable\nNLL|eff.\nrank|cos (ref.)"
+    headings += "|logit\nlens" if lens else ""
     for heading in escape(headings).split("|"):
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for row in told["loops"]:
@@ -135,6 +137,7 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
             f"{row['nll_exit']:.3f} [{row['nll_exit_low']:.3f}, {row['nll_exit_high']:.3f}]",
             *(_cell(row["gain"], 3), _cell(row["cost"], 3), _cell(ratio, 2)),
             *(_cell(row["nll_usable"], 3), _cell(row["effective_rank"], 1), cos),
+            *([_cell(row["nll_lens"], 3)] if lens else []),
         )
     stdout.print(table)
 
@@ -155,6 +158,10 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _loops(count: int) -> str:
+    return f"{count} loop{'s' if count > 1 else ''}"
+
+
 def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -166,7 +173,7 @@ def print_info(model: str, cfg: LoopedConfig, family: ModuleType, n_loops: int, 
 
     lines = {
         "family": f"{family.MODEL_TYPE}: {family.DESCRIPTION}",
-        "trained with": f"{cfg.n_loops} loop{'s' if cfg.n_loops > 1 else ''}",
+        "trained with": _loops(cfg.n_loops),
         "sizes": f"width {cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head} ({cfg.n_kv_heads} of keys and values), "
         f"MLP {cfg.d_mlp}, vocabulary {cfg.vocab_size}, context {cfg.n_ctx}",
         **facts.wiring(cfg),

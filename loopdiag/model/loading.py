@@ -278,9 +278,12 @@ def _tokenizer(folder: Path) -> Any:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn that it does not know the model, which it need not
+    logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with warnings.catch_warnings():
+            # It looks at config.json, too, and warns that it does not know the model, which it need not.
+            warnings.simplefilter("ignore")
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         if (folder / "tokenizer.json").is_file():  # says everything by itself
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
