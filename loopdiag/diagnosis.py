@@ -30,6 +30,7 @@ from loopdiag.trace import ForeignModel, LoopTrace, record
 
 SCHEMA = 2
 LONGEST_RANK = 256
+LONGEST_DOCUMENT = 2048  # unless told: models are made for far more than a batch of them should hold
 PER_LOOP = ("document", "loop")
 
 # Name: (unit, state, what it is). The functions' docstrings say more.
@@ -162,7 +163,7 @@ def diagnose(
         model: A model with a tokenizer; for one that is not ours, a `ForeignModel`.
         corpus: Documents; those longer than `max_tokens` are cut and counted.
         n_loops: Loops to run; the trained number when None.
-        max_tokens: Longest document in tokens; what the model was made for when None.
+        max_tokens: Longest document in tokens; what the model was made for, at most 2,048, when None.
         batch_size: Documents of a batch.
         seed: Of the order of the `fit` documents, and of the initial state of models that start from a random one.
         readouts: Fit the translators behind `nll_usable` and `withheld`, the slowest part; without, both are left out.
@@ -180,7 +181,7 @@ def diagnose(
         raise DiagnosisError("The model has no tokenizer: its folder holds none, so text cannot be read.")
     if max_tokens is not None and max_tokens > longest:
         raise DiagnosisError(f"max_tokens = {max_tokens} is beyond this model, which was made for {longest}.")
-    max_tokens = longest if max_tokens is None else max_tokens
+    max_tokens = min(longest, LONGEST_DOCUMENT) if max_tokens is None else max_tokens
     if not corpus.report:
         raise DiagnosisError(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
     fit, report = (tokenize(half, model.tokenizer, max_tokens) for half in (corpus.fit, corpus.report))

@@ -194,40 +194,47 @@ def record(model: LoopedLM, batch: Batch, n_loops: int | None = None, *, seed: i
     device = model.embed.weight.device
     input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()
     loops = range(1, n_loops + 1)
-    gated = [loop for loop in loops if loop > 1 and cfg.memory == "first"]
     start = (
         "hook_initial_state" if cfg.initial_state == "random" else "prelude.hook_out" if cfg.n_prelude else "hook_embed"
     )
     points = ["hook_out_pre_norm", "hook_out", "hook_readout"]
     points += (["hook_coda_out"] if cfg.n_coda else []) + (["hook_exit_gate"] if cfg.exit_gate else [])
-    names = [start, *(f"loops.{loop}.{point}" for loop in loops for point in points)]
-    names += [f"loops.{loop}.blocks.{layer}.attn.hook_gate" for loop in gated for layer in range(cfg.n_layers)]
-    _, kept = model.run_with_cache(input_ids, mask, n_loops=n_loops, seed=seed, names_filter=names)
-    first = kept[start]
+    # Each state goes straight to its place: beside the trace, no state is held twice.
+    whole: dict[str, Tensor] = {}
 
-    def by_loop(point: str, zeroth: Tensor) -> Tensor:
-        return torch.stack([zeroth, *(kept[f"loops.{loop}.{point}"] for loop in loops)])
+    def keep(point: str, *place: int) -> Callable[..., None]:
+        def hook(value: Tensor, hook: Any) -> None:
+            if point not in whole:
+                size = (n_loops + 1, cfg.n_layers) if point == "attn.hook_gate" else (n_loops + 1,)
+                whole[point] = value.new_full((*size, *value.shape), float("nan"))
+            whole[point][place] = value
 
-    gate = coda = leave = None
-    if gated:
-        gate = first.new_full((n_loops + 1, cfg.n_layers, *mask.shape, cfg.n_heads), float("nan"))
-        for loop in gated:
-            for layer in range(cfg.n_layers):
-                gate[loop, layer] = kept[f"loops.{loop}.blocks.{layer}.attn.hook_gate"]
+        return hook
+
+    hooks: list[tuple[str | Callable, Callable]] = [(start, keep("hook_out_pre_norm", 0))]
+    hooks += [(f"loops.{loop}.{point}", keep(point, loop)) for loop in loops for point in points]
+    hooks += [
+        (f"loops.{loop}.blocks.{layer}.attn.hook_gate", keep("attn.hook_gate", loop, layer))
+        for loop in loops
+        for layer in range(cfg.n_layers)
+        if loop > 1 and cfg.memory == "first"
+    ]
+    model.run_with_hooks(input_ids, mask, n_loops=n_loops, seed=seed, return_type="last", fwd_hooks=hooks)
+    first = whole["hook_out_pre_norm"][0]
     if cfg.n_coda:
-        coda = by_loop("hook_coda_out", model.coda_out(first, mask))
-    if cfg.exit_gate:
-        leave = by_loop("hook_exit_gate", first.new_full(mask.shape, float("nan")))
+        whole["hook_coda_out"][0] = model.coda_out(first, mask)
+    whole["hook_out"][0] = first
+    whole["hook_readout"][0] = model.ln_final(whole["hook_coda_out"][0] if cfg.n_coda else first)
     return LoopTrace(
         input_ids=input_ids,
         mask=mask,
-        raw=by_loop("hook_out_pre_norm", first),
-        carry=by_loop("hook_out", first),
-        readout=by_loop("hook_readout", model.ln_final(first if coda is None else coda[0])),
+        raw=whole["hook_out_pre_norm"],
+        carry=whole["hook_out"],
+        readout=whole["hook_readout"],
         offset=cfg.offset,
         norm=model.ln_final,
         head=model.unembed,
-        gate=gate,
-        coda=coda,
-        leave=leave,
+        gate=whole.get("attn.hook_gate"),
+        coda=whole.get("hook_coda_out"),
+        leave=whole.get("hook_exit_gate"),
     )

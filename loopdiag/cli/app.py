@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +24,9 @@ from loopdiag.cli.options import (
     DtypeOption,
     FiguresOption,
     JsonOption,
-    LocalOption,
     LoopsOption,
     ModelArgument,
+    OfflineOption,
     OnlyModelArgument,
     PriceOption,
     QuietOption,
@@ -35,7 +36,16 @@ from loopdiag.cli.options import (
     TokensOption,
     in_range,
 )
-from loopdiag.cli.output import Exit, check_outputs, note, print_answer, print_info, reported_errors, stdout
+from loopdiag.cli.output import (
+    Exit,
+    check_outputs,
+    model_facts,
+    note,
+    print_answer,
+    print_info,
+    reported_errors,
+    stdout,
+)
 from loopdiag.cli.runs import Checkpoint, Run
 from loopdiag.errors import InputError
 from loopdiag.files import whole
@@ -61,7 +71,7 @@ def recommend(
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
     revision: RevisionOption = None,
-    local_files_only: LocalOption = False,
+    offline: OfflineOption = False,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
     json: JsonOption = None,
@@ -83,7 +93,7 @@ def recommend(
         if len(set(places)) < len(places) or (to_json and to_json.resolve() == Path(model).resolve()):
             raise InputError("--json, --save and a saved diagnosis that is read must be different files.")
         check_outputs(to_json, save, folder=figures, quiet=quiet)
-        checkpoint = Checkpoint(model, revision, local_files_only, device, dtype)
+        checkpoint = Checkpoint(model, revision, offline, device, dtype)
         run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet)
         diagnosis = run.diagnosis()
 
@@ -118,7 +128,7 @@ def diagnose(
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
     revision: RevisionOption = None,
-    local_files_only: LocalOption = False,
+    offline: OfflineOption = False,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
     save: Annotated[Path, typer.Option("--save", help="Where the diagnosis goes (netCDF).")] = Path("diagnosis.nc"),
@@ -131,7 +141,7 @@ def diagnose(
                 f"{model} is a file: give a model. To answer from a saved diagnosis: loopdiag recommend {model}"
             )
         check_outputs(save, quiet=quiet)
-        checkpoint = Checkpoint(model, revision, local_files_only, device, dtype)
+        checkpoint = Checkpoint(model, revision, offline, device, dtype)
         run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet)
         run.diagnosis().save(save)
         stdout.print(str(save), markup=False, highlight=False, soft_wrap=True)
@@ -149,9 +159,9 @@ def models() -> None:
             cfg, _ = read_config(find(name))
             table.add_row(name, *map(str, (cfg.n_loops, cfg.n_layers, cfg.d_model, cfg.n_ctx, cfg.vocab_size)))
         stdout.print(table)
-        table = Table("model_type", "what it is", title="Supported families (a folder or a hub id)")
+        table = Table("model_type", "what it is, and where", title="Supported families (a folder or a hub id)")
         for family in FAMILIES:
-            table.add_row(family.MODEL_TYPE, family.DESCRIPTION)
+            table.add_row(family.MODEL_TYPE, f"{family.DESCRIPTION}\n{family.HUB}".strip())
         stdout.print(table)
 
 
@@ -161,8 +171,9 @@ def info(
     loops: LoopsOption = None,
     context: Annotated[int | None, typer.Option("--context", help="Tokens that a token sees; as FLOPs grow.")] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What keys and values are kept in.")] = Dtype.bfloat16,
+    json: Annotated[bool, typer.Option("--json/--no-json", help="JSON with exact numbers instead of tables.")] = False,
     revision: RevisionOption = None,
-    local_files_only: LocalOption = False,
+    offline: OfflineOption = False,
 ) -> None:
     """Say what a model's configuration tells: wiring, parameters, and what each loop count costs. Needs no weights."""
     with reported_errors():
@@ -171,8 +182,12 @@ def info(
 
         from loopdiag.model.loading import find, read_config
 
-        cfg, family = read_config(find(model, revision=revision, local_files_only=local_files_only, weights=False))
-        print_info(model, cfg, family, loops or cfg.n_loops, context or min(cfg.n_ctx, 2048), dtype.value)
+        cfg, family = read_config(find(model, revision=revision, local_files_only=offline))
+        facts = model_facts(cfg, family, loops or cfg.n_loops, context or min(cfg.n_ctx, 2048), dtype.value)
+        if json:
+            sys.stdout.write(dumps({"model": model, **facts}, indent=2) + "\n")
+        else:
+            print_info(model, facts)
 
 
 @app.command()
@@ -190,7 +205,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws, and of a random initial state.")] = 0,
     revision: RevisionOption = None,
-    local_files_only: LocalOption = False,
+    offline: OfflineOption = False,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
     quiet: QuietOption = False,
@@ -198,7 +213,13 @@ def generate(
     """Go on with a text, with as many loops as you like: see what a loop count does."""
     with reported_errors():
         in_range("--loops", loops, 1, MOST_LOOPS)
-        net = Checkpoint(model, revision, local_files_only, device, dtype).load(loops, quiet)
+        in_range("--max-new-tokens", max_new_tokens, 1)
+        in_range("--seed", seed, 0)
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"--temperature {temperature} is out of range: allowed is a number >= 0.")
+        if not 0 < top_p <= 1:
+            raise InputError(f"--top-p {top_p} is out of range: allowed is a number above 0, at most 1.")
+        net = Checkpoint(model, revision, offline, device, dtype).load(loops, quiet)
 
         import torch
 

@@ -43,7 +43,8 @@ DocumentsOption = Annotated[
     int | None, typer.Option("--documents", help="Use this many documents, half of them to fit on.")
 ]
 TokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", help="Cut documents here; what the model allows if not given.")
+    int | None,
+    typer.Option("--max-tokens", help="Cut documents here; what the model allows, at most 2048, if not given."),
 ]
 LoopsOption = Annotated[int | None, typer.Option("--loops", help="Loops to run; the trained number if not given.")]
 PriceOption = Annotated[
@@ -55,8 +56,8 @@ PriceOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Documents of a batch.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the fits and the bootstrap.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Commit or tag of a model on the hub.")]
-LocalOption = Annotated[
-    bool, typer.Option("--local-files-only/--no-local-files-only", help="Take a hub id from the hub's cache only.")
+OfflineOption = Annotated[
+    bool, typer.Option("--offline/--no-offline", help="Take a hub id from the hub's cache, without a network.")
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="What the model computes in.")]

@@ -166,37 +166,77 @@ def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def print_info(model: str, cfg: LoopedConfig, family: ModuleType, n_loops: int, context: int, dtype: str) -> None:
-    """What a configuration says, on stdout: the wiring, and a row for each loop count up to `n_loops`."""
+def model_facts(cfg: LoopedConfig, family: ModuleType, n_loops: int, context: int, dtype: str) -> dict[str, Any]:
+    """What a configuration says: the wiring, and what each loop count up to `n_loops` costs."""
     from loopdiag.model import facts
     from loopdiag.model.dtypes import as_dtype
 
-    lines = {
-        "family": f"{family.MODEL_TYPE}: {family.DESCRIPTION}",
-        "trained with": _loops(cfg.n_loops),
+    counts = facts.parameters(cfg)
+    loops = []
+    # All counts up to eight, then powers of two, and the last.
+    for count in sorted({*range(1, min(n_loops, 8) + 1), *(c for c in (16, 32) if c < n_loops), n_loops}):
+        kv = facts.kv_bytes(cfg, count, as_dtype(dtype).itemsize)
+        loops.append(
+            {
+                "loops": count,
+                "extrapolated": count > cfg.n_loops,
+                "parameters_if_unshared": counts.effective(count),
+                "flops_per_token": facts.flops(cfg, count, context),
+                "kv_bytes_per_token": kv.per_token,
+                "kv_bytes_fixed": kv.fixed,
+            }
+        )
+    return {
+        "model_type": family.MODEL_TYPE,
+        "family": family.DESCRIPTION,
+        "trained_loops": cfg.n_loops,
+        "parameters": counts.once,
         "sizes": f"width {cfg.d_model}, {cfg.n_heads} heads of {cfg.d_head} ({cfg.n_kv_heads} of keys and values), "
         f"MLP {cfg.d_mlp}, vocabulary {cfg.vocab_size}, context {cfg.n_ctx}",
-        **facts.wiring(cfg),
+        "wiring": facts.wiring(cfg),
+        "context": context,
+        "kv_dtype": dtype,
+        "loops": loops,
+    }
+
+
+def print_info(model: str, told: dict[str, Any]) -> None:
+    """What `model_facts` says, on stdout."""
+    lines = {
+        "family": f"{told['model_type']}: {told['family']}",
+        "trained with": _loops(told["trained_loops"]),
+        "parameters": f"{told['parameters']:,}",
+        "sizes": told["sizes"],
+        **told["wiring"],
     }
     table = Table(title=escape(model), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in lines.items():
         table.add_row(name, escape(text))
     stdout.print(table)
-    counts = facts.parameters(cfg)
-    table = Table(
-        *("loops", "parameters", "if unshared", "FLOPs/token", "KV bytes/token", "KV bytes fixed"),
-        caption=f"FLOPs: matrix products of a token that sees {context:,} tokens. KV bytes in {dtype}: what each token "
-        "adds, and what windows and carries hold. * beyond training.",
-        caption_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
-    for column in table.columns:
-        column.justify, column.vertical = "right", "bottom"
-    # All counts up to eight, then powers of two, and the last.
-    for count in sorted({*range(1, min(n_loops, 8) + 1), *(c for c in (16, 32) if c < n_loops), n_loops}):
-        kv = facts.kv_bytes(cfg, count, as_dtype(dtype).itemsize)
-        numbers = counts.once, counts.effective(count), facts.flops(cfg, count, context), kv.per_token, kv.fixed
-        table.add_row(f"{count}{'*' if count > cfg.n_loops else ''}", *(f"{number:,}" for number in numbers))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("loops", "unshared", "FLOPs / token", "KV / token", "KV fixed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in told["loops"]:
+        table.add_row(
+            f"{row['loops']}{'*' if row['extrapolated'] else ''}",
+            _short(row["parameters_if_unshared"], 1000, ("", " k", " M", " B", " T")),
+            _short(row["flops_per_token"], 1000, ("", " k", " M", " G", " T", " P")),
+            _short(row["kv_bytes_per_token"], 1024, (" B", " KiB", " MiB", " GiB")),
+            _short(row["kv_bytes_fixed"], 1024, (" B", " KiB", " MiB", " GiB")),
+        )
     stdout.print(table)
+    stdout.print(
+        "unshared: parameters of a model as deep that shares nothing. FLOPs: matrix products, for a token that sees "
+        f"{told['context']:,} tokens. KV: keys and values in {told['kv_dtype']}, what each token adds, and what "
+        "windows and carries hold. *: beyond training. Exact numbers: --json.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _short(number: float, base: int, units: tuple[str, ...]) -> str:
+    """Three digits and a unit."""
+    power = 0
+    while number >= base and power < len(units) - 1:
+        number, power = number / base, power + 1
+    return f"{number:.3g}{units[power]}" if number < 1000 else f"{number:.0f}{units[power]}"

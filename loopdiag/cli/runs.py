@@ -22,7 +22,7 @@ class Checkpoint:
 
     model: str
     revision: str | None
-    local_files_only: bool
+    offline: bool
     device: Device
     dtype: Dtype
 
@@ -41,7 +41,7 @@ class Checkpoint:
                 dtype=self.dtype.value,
                 device="cuda" if self.device != Device.cpu and torch.cuda.is_available() else "cpu",
                 revision=self.revision,
-                local_files_only=self.local_files_only,
+                local_files_only=self.offline,
             )
 
 
@@ -92,7 +92,7 @@ class Run:
             ("--loops", self.loops, None),
             ("--batch-size", self.batch_size, 8),
             ("--revision", self.checkpoint.revision, None),
-            ("--local-files-only", self.checkpoint.local_files_only, False),
+            ("--offline", self.checkpoint.offline, False),
             ("--device", self.checkpoint.device, Device.auto),
             ("--dtype", self.checkpoint.dtype, Dtype.float32),
         )

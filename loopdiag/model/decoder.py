@@ -130,7 +130,7 @@ class LoopedLM(HookedRootModule):
         input_ids: Int[Tensor, "batch pos"],
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         n_loops: int | None = None,
-        return_type: Literal["logits", "loss"] = "logits",
+        return_type: Literal["logits", "last", "loss"] = "logits",
         *,
         initial_state: State | None = None,
         seed: int = 0,
@@ -143,8 +143,8 @@ class LoopedLM(HookedRootModule):
             attention_mask: 1 or True on tokens, 0 or False on padding, left or right. A padded document gets the
                 numbers that it gets alone.
             n_loops: Loops to run; the trained number when None. An exit gate has no say in it: see `early_exit`.
-            return_type: `"logits"`: [batch, pos, vocab], meaningless on padding. `"loss"`: mean negative
-                log likelihood of the real next tokens, in nats.
+            return_type: `"logits"`: [batch, pos, vocab], meaningless on padding. `"last"`: those of the last position
+                alone [batch, vocab]. `"loss"`: mean negative log likelihood of the real next tokens, in nats.
             initial_state: Z_0 of a model with a random initial state; drawn from `seed` when None.
             seed: Of that draw.
             past: What earlier tokens of the same texts left behind; this run's are added to it.
@@ -154,8 +154,8 @@ class LoopedLM(HookedRootModule):
                 with a hole in a row, `n_loops` below 1, an unknown `return_type`, an initial state of another
                 shape or of a model that has none, a past of other texts or loops, or tokens beyond a stored RoPE table.
         """
-        if return_type not in ("logits", "loss"):
-            raise ValueError(f"return_type = {return_type!r} is not allowed: use 'logits' or 'loss'.")
+        if return_type not in ("logits", "last", "loss"):
+            raise ValueError(f"return_type = {return_type!r} is not allowed: use 'logits', 'last' or 'loss'.")
         n_loops = self.cfg.n_loops if n_loops is None else n_loops
         self.ensure_loops(n_loops)
         mask = self._checked(input_ids, attention_mask)
@@ -186,9 +186,12 @@ class LoopedLM(HookedRootModule):
             if not last and hooks.reads_out():
                 self._exit(handed if self.cfg.n_coda else self.ln_final(raw), loop, layout, past, silent=True)
             carry = handed = hooks.hook_out(handed)
+        readout = self._exit(handed, n_loops, layout, past)
         if past is not None:
-            past.seen += input_ids.shape[1]
-        logits = self.unembed(self._exit(handed, n_loops, layout, past))
+            past.end(input_ids.shape[1])
+        if return_type == "last":
+            return self.unembed(readout[:, -1])
+        logits = self.unembed(readout)
         return logits if return_type == "logits" else next_token_loss(logits, input_ids, mask)
 
     def generate(self, input_ids: Int[Tensor, "batch pos"], max_new_tokens: int, **settings: Any) -> Tensor:
@@ -238,10 +241,15 @@ class LoopedLM(HookedRootModule):
             n_loops: Loops to run at most; the trained number when None.
 
         Raises:
-            ValueError: The model has no exit gate.
+            ValueError: The model has no exit gate, or `threshold` is not above 0.
         """
         if not self.cfg.exit_gate:
             raise ValueError("early_exit: this model has no exit gate; model(ids, n_loops=r) stops after loop r.")
+        threshold = self.cfg.exit_threshold if threshold is None else threshold
+        if not threshold > 0:
+            raise ValueError(
+                f"threshold = {threshold} is not allowed: it must be a number > 0; from 1 on, none leaves early."
+            )
         n_loops = self.cfg.n_loops if n_loops is None else n_loops
         points = [
             f"loops.{loop}.{point}" for loop in range(1, n_loops + 1) for point in ("hook_exit_gate", "hook_readout")
@@ -249,18 +257,23 @@ class LoopedLM(HookedRootModule):
         _, kept = self.run_with_cache(input_ids, attention_mask, n_loops=n_loops, names_filter=points)
         leave, readouts = (torch.stack([kept[name] for name in points[first::2]], dim=2) for first in (0, 1))
         probabilities = exit_probabilities(leave)
-        loop = exit_loop(probabilities, self.cfg.exit_threshold if threshold is None else threshold)
+        loop = exit_loop(probabilities, threshold)
         chosen = readouts.gather(2, (loop - 1)[:, :, None, None].expand(-1, -1, 1, readouts.shape[3])).squeeze(2)
         return EarlyExit(self.unembed(chosen), loop, probabilities)
 
     def _embedded(self, input_ids: Tensor) -> State:
+        if input_ids.is_cuda and not torch.compiler.is_compiling():
+            # There, a wrong index would take the whole device down instead of raising.
+            low, high = (int(end) for end in input_ids.aminmax())
+            if low < 0 or high >= self.cfg.vocab_size:
+                raise ValueError(self._beyond(low, high))
         try:
             return self.cfg.embed_multiplier * self.embed(input_ids)
         except IndexError:
-            raise ValueError(
-                f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}: tokens of this model are "
-                f"0 to {self.cfg.vocab_size - 1}."
-            ) from None
+            raise ValueError(self._beyond(int(input_ids.min()), int(input_ids.max()))) from None
+
+    def _beyond(self, low: int, high: int) -> str:
+        return f"input_ids run from {low} to {high}: tokens of this model are 0 to {self.cfg.vocab_size - 1}."
 
     def _prelude(self, embedding: State, layout: Layout, past: Past | None) -> State:
         """E, where the loops start."""
@@ -297,7 +310,8 @@ class LoopedLM(HookedRootModule):
             given = random_state(self.cfg, layout.positions, seed).expand_as(start)
         elif given.shape != start.shape:
             raise ValueError(f"initial_state has shape {tuple(given.shape)}: it must be {tuple(start.shape)}.")
-        return self.hook_initial_state(given.to(start))
+        # A copy: hooks that edit in place must not reach the caller's tensor.
+        return self.hook_initial_state(given.to(start).clone())
 
     def _inject(self, start: State, carry: State, layout: Layout, past: Past | None, loop: int) -> State:
         """B_r of Z_{r-1}."""
@@ -312,17 +326,18 @@ class LoopedLM(HookedRootModule):
 
     def _seen(self, past: Past | None, input_ids: Tensor, mask: Tensor | None, n_loops: int) -> int:
         """Tokens before these; refuses a past that does not fit."""
-        seen = 0
-        if past is not None:
-            if mask is not None:
-                raise ValueError("past goes with texts of one length: attention_mask must be all 1, or left out.")
-            past.check(len(input_ids), n_loops)
-            seen = past.seen
+        seen = 0 if past is None else past.seen
         if self.rope_table is not None and seen + input_ids.shape[1] > self.cfg.n_ctx:
             raise ValueError(
                 f"{seen + input_ids.shape[1]} tokens are more than this model's table of rotations has: "
                 f"{self.cfg.n_ctx}."
             )
+        if past is not None:
+            if mask is not None:
+                raise ValueError("past goes with texts of one length: attention_mask must be all 1, or left out.")
+            hooks: dict[str, LoopHooks] = dict(self.loops)  # type: ignore[arg-type]
+            exits = [r for r in range(1, n_loops) if self.cfg.n_coda and hooks[str(r)].reads_out()]
+            past.begin(len(input_ids), n_loops, exits)
         return seen
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -42,6 +42,8 @@ def generate(
     Raises:
         InputError: A setting out of range; the message says what is allowed.
     """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        raise InputError("input_ids must be a tensor [batch, pos]; for text, model.tokenizer(text)['input_ids'].")
     for name, value, fits, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "a number >= 0"),
@@ -62,7 +64,7 @@ def generate(
     stops = torch.tensor(model.stop_tokens, dtype=ids.dtype, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
-        logits = model(new, n_loops=n_loops, seed=seed, past=past)[:, -1]
+        logits = model(new, n_loops=n_loops, return_type="last", seed=seed, past=past)
         chosen = logits.argmax(-1) if temperature == 0 else _drawn(logits, temperature, top_p, generator)
         new = torch.where(ended, ids[:, -1], chosen.to(ids)).unsqueeze(1)
         ids = torch.cat((ids, new), dim=1)

@@ -138,27 +138,28 @@ class Layout:
             cfg: The model's.
             input_ids: Tokens of this run.
             mask: True on real tokens; None where nothing is padded.
-            dtype: Of the rotations.
+            dtype: What the model runs in.
             table: Rotations that came with the weights.
             seen: Tokens of earlier runs, whose keys and values are kept and go before these.
         """
         device, length = input_ids.device, input_ids.shape[1]
-        key = torch.arange(seen + length, device=device)
-        index = key[seen:]
-        ahead = index[:, None] - key[None, :]  # query minus key
-        visible = (ahead >= 0)[None, None]
-        causal = visible if seen else None
-        positions = index[None]
-        if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            # A padding query keeps itself in sight: a row without a key has no softmax.
-            itself = (ahead == 0)[None, None]
-            causal = visible = (visible & mask[:, None, None, :]) | itself
-        local = None
-        if cfg.memory == "first":
-            near = visible & (ahead < cfg.window)[None, None]
-            local = near[..., seen - min(seen, cfg.window - 1) :]  # no more is kept of the window
+        index = torch.arange(seen + length, device=device)
+        positions = index[None, seen:] if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+        causal = local = None
+        if seen or mask is not None or cfg.memory == "first":
+            query, key = index[seen:, None], index[None, :]
+            visible = (query >= key)[None, None]
+            if mask is not None:
+                # A padding query keeps itself in sight: a row without a key has no softmax.
+                visible = (visible & mask[:, None, None, :]) | (query == key)[None, None]
+            if seen or mask is not None:
+                causal = visible
+            if cfg.memory == "first":
+                near = visible & (query < key + cfg.window)[None, None]
+                local = near[..., seen - min(seen, cfg.window - 1) :]  # no more is kept of the window
         cos, sin = _angles(cfg, positions, table)
+        # Half precisions are turned in float32: angles rounded to bfloat16 move logits.
+        dtype = torch.promote_types(dtype, torch.float32)
         return cls(positions, cos.to(dtype), sin.to(dtype), causal, local, mask)
 
 
@@ -187,7 +188,7 @@ def rotate(x: Heads, layout: Layout, pairs: RopePairs) -> Heads:
     else:
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = first * layout.cos - second * layout.sin, second * layout.cos + first * layout.sin
-    return torch.cat(turned, dim=-1) if pairs == "half" else torch.stack(turned, dim=-1).flatten(-2)
+    return (torch.cat(turned, dim=-1) if pairs == "half" else torch.stack(turned, dim=-1).flatten(-2)).to(x.dtype)
 
 
 def attend(q: Heads, k: KeyHeads, v: KeyHeads, allowed: Tensor | None, hook_pattern: HookPoint) -> Heads:

@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -72,40 +73,42 @@ def load(
         InputError: The model is unknown; its files are missing, damaged, of an unsupported family, with settings that
             are not built, or of another shape than the configuration says; or the dtype is none that models run in.
     """
-    target = as_dtype(dtype)
+    target, place = as_dtype(dtype), _device(device)
+    if n_loops is not None and (isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1):
+        raise LoadError(f"n_loops = {n_loops!r} is not allowed: it must be an integer >= 1, or None.")
     folder = find(model, revision=revision, local_files_only=local_files_only)
     cfg, family = read_config(folder)
+    if _is_hub_id(model):
+        _fetch_weights(os.fspath(model), folder, local_files_only)
     with torch.device("meta"):
         net = LoopedLM(cfg)
     expected = net.state_dict()
     names = family.weight_names(cfg) if hasattr(family, "weight_names") else {name: name for name in expected}
-    sources = _checked_sources(folder, names, expected)
+    redundant = family.redundant(cfg) if hasattr(family, "redundant") else {}
+    sources = _checked_sources(folder, names, expected, redundant)
+    net.tokenizer, net.stop_tokens, net.source = _tokenizer(folder), _stop_tokens(folder), os.fspath(model)
     parameters = {name for name, _ in net.named_parameters()}
     state = {
-        ours: _read(sources, names[ours], like.shape, target if ours in parameters else like.dtype, device)
+        ours: _read(sources, names[ours], like.shape, target if ours in parameters else like.dtype, place)
         for ours, like in expected.items()
     }
-    if cfg.tie_embeddings and _name(names.get("head.weight")) in sources:
-        _check_copy(folder, sources, str(names["embed.weight"]), str(names["head.weight"]))
     net.load_state_dict(state, assign=True)
-    net.tokenizer, net.source = _tokenizer(folder), os.fspath(model)
-    net.stop_tokens = _stop_tokens(folder)
     net.ensure_loops(max(cfg.n_loops, n_loops or 1))
     return net.eval().requires_grad_(False)
 
 
-def find(
-    model: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    weights: bool = True,
-) -> Path:
-    """The folder of a model; files of a hub id are fetched into the hub's cache.
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise LoadError(f"device {device!r} is not known to torch: use 'cpu', 'cuda' or 'cuda:1'.") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError(f"device {device!r}: torch sees no GPU here. Use 'cpu'.")
+    return place
 
-    Args:
-        model, revision, local_files_only: As for `load`.
-        weights: Fetch the weights and the tokenizer, too.
+
+def find(model: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a model; of a hub id, the configuration is fetched into the hub's cache.
 
     Raises:
         LoadError: There is no such model.
@@ -117,24 +120,39 @@ def find(
         return Path(name)
     if name and Path(name).exists():
         raise LoadError(f"{name} is a file: give the folder that holds config.json and {WEIGHTS}.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not _is_hub_id(name):
         raise LoadError(
             f"There is no model {name!r}: bundled are {', '.join(bundled_models())}; "
             "else give an existing folder or a hub id (owner/name)."
         )
+    return _fetch(name, CONFIG_FILES, revision, local_files_only)
+
+
+def _is_hub_id(model: str | os.PathLike[str]) -> bool:
+    name = os.fspath(model)
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _fetch(name: str, files: list[str], revision: str | None, local_files_only: bool) -> Path:
+    """The hub cache's folder of a commit, with these files in it as far as the hub has them."""
     from huggingface_hub import snapshot_download
 
-    patterns = CONFIG_FILES + (["*.safetensors", f"*{INDEX}", *TOKENIZER_FILES] if weights else [])
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=local_files_only))
     except Exception as error:  # the hub's client raises many kinds, all of them "not to be had"
         where = "the hub's cache does not hold it" if local_files_only else "the hub did not give it"
         raise LoadError(
             f"{name!r} is no folder here, and {where}: {type(error).__name__}: "
             f"{next(iter(str(error).strip().splitlines()), 'no reason given')}"
         ) from error
+
+
+def _fetch_weights(name: str, folder: Path, local_files_only: bool) -> None:
+    """Fetch what `load` reads beside the configuration, of the same commit, whose name the folder has."""
+    _fetch(name, [INDEX, *TOKENIZER_FILES], folder.name, local_files_only)
+    _fetch(name, _shards(folder) or [WEIGHTS], folder.name, local_files_only)
+    if local_files_only and not any((folder / file).exists() for file in (INDEX, WEIGHTS)):
+        raise LoadError(f"The hub's cache holds no weights of {name}: load it once without local_files_only.")
 
 
 def read_config(folder: Path) -> tuple[LoopedConfig, ModuleType]:
@@ -169,50 +187,64 @@ def _json(file: Path) -> dict[str, Any]:
 # -- weights -----------------------------------------------------------------------------------------
 
 
-def _checked_sources(folder: Path, names: Names, expected: dict[str, Tensor]) -> dict[str, Path]:
+def _checked_sources(
+    folder: Path, names: Names, expected: dict[str, Tensor], redundant: dict[str, Tensor]
+) -> dict[str, Path]:
     """The file of every stored tensor, once names, shapes and types fit what the configuration asks for."""
     wanted: dict[str, tuple[int, ...]] = {}
     for ours, like in expected.items():
         source = names[ours]
         wanted[_name(source)] = source.shape if isinstance(source, Rows) else tuple(like.shape)
-    allowed = set(wanted)
-    if "head.weight" in names and "head.weight" not in expected:
-        allowed.add(_name(names["head.weight"]))  # a copy of the embedding that the head is tied to
+    extra = {name: tuple(values.shape) for name, values in redundant.items()}
+    embedding, head = _name(names["embed.weight"]), _name(names.get("head.weight", ""))
+    if "head.weight" not in expected:
+        extra[head] = wanted[embedding]  # a copy of the embedding that the head is tied to
     sources = _weight_files(folder)
-    missing, unexpected = sorted(set(wanted) - set(sources)), sorted(set(sources) - allowed)
+    missing, unexpected = sorted(set(wanted) - set(sources)), sorted(set(sources) - set(wanted) - set(extra))
     if missing or unexpected:
         raise LoadError(
             f"{folder}: the weights do not fit config.json: missing {_few(missing)}, unexpected {_few(unexpected)}."
         )
     for path in sorted(set(sources.values())):
         with safe_open(path, framework="pt") as file:
-            for name in (name for name, held_by in sources.items() if held_by == path and name in wanted):
-                stored = file.get_slice(name)
-                if tuple(stored.get_shape()) != wanted[name]:
+            for name in (name for name, held_by in sources.items() if held_by == path):
+                stored, shape = file.get_slice(name), (wanted | extra)[name]
+                if tuple(stored.get_shape()) != shape:
                     raise LoadError(
-                        f"{path}: {name} has shape {tuple(stored.get_shape())}, but config.json asks for "
-                        f"{wanted[name]}."
+                        f"{path}: {name} has shape {tuple(stored.get_shape())}, but config.json asks for {shape}."
                     )
                 if stored.get_dtype() not in STORED:
                     raise LoadError(
                         f"{path}: {name} is stored as {stored.get_dtype()}: allowed are {', '.join(STORED)} "
                         "(quantised weights are not read)."
                     )
+    if head in sources and head in extra and not _same(sources, embedding, head):
+        raise LoadError(f"{folder}: config.json ties the head to the embedding, but {head} is not {embedding}.")
+    for name in sources.keys() & redundant.keys():
+        found = _read(sources, name, redundant[name].shape, torch.float64, torch.device("cpu"))
+        # As close as half precisions hold it.
+        if not torch.allclose(found, redundant[name], rtol=1e-2, atol=0):
+            raise LoadError(f"{folder}: {name} does not have the values that config.json implies.")
     return sources
+
+
+def _shards(folder: Path) -> list[str]:
+    """The files that an index of weights names; none without an index."""
+    if not (folder / INDEX).is_file():
+        return []
+    shards = _json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise LoadError(f"{folder / INDEX} has no weight_map from tensors to files.")
+    names = sorted(set(shards.values()))
+    if strangers := [name for name in names if Path(name).name != name]:
+        raise LoadError(f"{folder / INDEX} points out of its folder: {_few(strangers)}.")
+    return names
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
     """Each stored tensor's name, with the file that holds it."""
-    if (folder / INDEX).is_file():
-        shards = _json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise LoadError(f"{folder / INDEX} has no weight_map from tensors to files.")
-        names = sorted(set(shards.values()))
-        if strangers := [name for name in names if Path(name).name != name]:
-            raise LoadError(f"{folder / INDEX} points out of its folder: {_few(strangers)}.")
-    elif (folder / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    else:
+    names = _shards(folder) or [WEIGHTS]
+    if not (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         hint = f" {pickled[0]} is a pickle, which can run code: convert it to safetensors first." if pickled else ""
         raise LoadError(f"{folder} has no weights: {WEIGHTS} (or its index) is missing.{hint}")
@@ -228,38 +260,39 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return dict(held)
 
 
+def _pieces(shape: Sequence[int]) -> Iterator[slice]:
+    """Rows of a tensor of this shape that are read at a time."""
+    step = max(1, PIECE // max(1, 4 * prod(shape[1:])))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _rows(sources: dict[str, Path], name: str, rows: slice) -> Tensor:
+    with safe_open(sources[name], framework="pt") as file:
+        return file.get_slice(name)[rows]
+
+
 def _read(
-    sources: dict[str, Path], source: str | Rows, shape: torch.Size, dtype: torch.dtype, device: str | torch.device
+    sources: dict[str, Path], source: str | Rows, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """One of our tensors, piece by piece into `dtype` on `device`."""
-    name = _name(source)
-    first, stored = (
-        (source.start, (source.stop - source.start, *source.shape[1:])) if isinstance(source, Rows) else (0, shape)
-    )
-    whole = torch.empty(tuple(stored), dtype=dtype, device=device)
-    step = max(1, PIECE // max(1, 4 * prod(stored[1:])))
-    for start in range(0, stored[0], step):
-        stop = min(start + step, stored[0])
-        with safe_open(sources[name], framework="pt") as file:
-            whole[start:stop] = file.get_slice(name)[first + start : first + stop]
-    return whole.reshape(shape)
+    name, first, stored = _name(source), 0, tuple(shape)
+    if isinstance(source, Rows):
+        first, stored = source.start, (source.stop - source.start, *source.shape[1:])
+    whole = torch.empty(stored, dtype=dtype, device=device)
+    for rows in _pieces(stored):
+        whole[rows] = _rows(sources, name, slice(first + rows.start, first + rows.stop))
+    return whole.reshape(tuple(shape))
 
 
-def _check_copy(folder: Path, sources: dict[str, Path], embedding: str, head: str) -> None:
-    """Refuse a stored head that is not the embedding it is said to be tied to."""
-    with safe_open(sources[embedding], framework="pt") as one, safe_open(sources[head], framework="pt") as other:
-        left, right = one.get_slice(embedding), other.get_slice(head)
-        shape = left.get_shape()
-        step = max(1, PIECE // (4 * shape[1]))
-        same = right.get_shape() == shape and all(
-            torch.equal(left[start : start + step], right[start : start + step]) for start in range(0, shape[0], step)
-        )
-    if not same:
-        raise LoadError(f"{folder}: config.json ties the head to the embedding, but {head} is not {embedding}.")
+def _same(sources: dict[str, Path], one: str, other: str) -> bool:
+    """Whether two stored tensors of one shape hold the same numbers."""
+    with safe_open(sources[one], framework="pt") as file:
+        shape = file.get_slice(one).get_shape()
+    return all(torch.equal(_rows(sources, one, rows), _rows(sources, other, rows)) for rows in _pieces(shape))
 
 
-def _name(source: str | Rows | None) -> str:
-    return source.name if isinstance(source, Rows) else source or ""
+def _name(source: str | Rows) -> str:
+    return source.name if isinstance(source, Rows) else source
 
 
 def _few(names: list[str]) -> str:
@@ -284,9 +317,12 @@ def _tokenizer(folder: Path) -> Any:
             # It looks at config.json, too, and warns that it does not know the model, which it need not.
             warnings.simplefilter("ignore")
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # of many kinds: files that are damaged, unknown, or ask for code of the checkpoint
         if (folder / "tokenizer.json").is_file():  # says everything by itself
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            try:
+                return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            except Exception as damage:
+                raise LoadError(f"{folder / 'tokenizer.json'} is damaged: {type(damage).__name__}: {damage}.") from None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(f"{folder}: no tokenizer without running code of the checkpoint: {reason}", stacklevel=3)
         return None
@@ -299,5 +335,10 @@ def _stop_tokens(folder: Path) -> tuple[int, ...]:
     for file in (folder / name for name in reversed(CONFIG_FILES)):
         stop = _json(file).get("eos_token_id") if file.is_file() else None
         if stop is not None:
-            return tuple(stop) if isinstance(stop, list) else (stop,)
+            tokens = tuple(stop) if isinstance(stop, list) else (stop,)
+            if not all(isinstance(token, int) for token in tokens):
+                raise LoadError(
+                    f"{file}: eos_token_id = {stop!r} is not allowed: it must be a token or a list of tokens."
+                )
+            return tokens
     return ()

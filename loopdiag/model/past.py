@@ -23,22 +23,36 @@ class Past:
 
     def __init__(self) -> None:
         self.seen = 0
-        self._run: tuple[int, int] | None = None
+        self._run: tuple[int, int, list[int]] | None = None
+        self._running = False
         self._kept: dict[Hashable, KeyValue] = {}
         self._carries: dict[int, State] = {}
 
-    def check(self, texts: int, n_loops: int) -> None:
+    def begin(self, texts: int, n_loops: int, exits: list[int]) -> None:
         """Refuse a run that does not go on from this past; the first run settles what goes on.
 
+        Args:
+            texts: How many.
+            n_loops: Loops of the run.
+            exits: Loops before the last whose exits through a coda are read: these need keys and values of their own.
+
         Raises:
-            ValueError: Another number of texts or of loops than before.
+            ValueError: Other texts, loops or exits than before, or the run before failed.
         """
-        if self._run is not None and self._run != (texts, n_loops):
+        if self._running:
+            raise ValueError("The run before failed and left this past half written. Start with a new Past().")
+        if self._run is not None and self._run != (texts, n_loops, exits):
+            was_texts, was_loops, was_exits = self._run
             raise ValueError(
-                f"This past is of {self._run[0]} texts run with {self._run[1]} loops; {texts} texts with {n_loops} "
-                "loops do not go on from it. Start with a new Past()."
+                f"This past is of {was_texts} texts, {was_loops} loops and the early exits {was_exits}; {texts} texts, "
+                f"{n_loops} loops and the early exits {exits} do not go on from it. Start with a new Past()."
             )
-        self._run = (texts, n_loops)
+        self._run, self._running = (texts, n_loops, exits), True
+
+    def end(self, tokens: int) -> None:
+        """The run is over and has added this many tokens."""
+        self.seen += tokens
+        self._running = False
 
     def extend(self, place: Hashable, keep: int | None = None) -> Extend:
         """A function that puts what `place` holds before new keys and values, and keeps the last `keep` of all."""

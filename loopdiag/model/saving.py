@@ -22,14 +22,14 @@ INDEX = f"{WEIGHTS}.index.json"
 def save(model: LoopedLM, folder: str | os.PathLike[str], dtype: torch.dtype | str | None = None) -> None:
     """Write a model: a Parallel Loop Transformer in the layout of LoopCoder-V2, any other in that of this toolkit.
 
-    Each file appears whole or not at all; files of those names are replaced. Weights are stored in `dtype`, float32
-    when None.
+    Each file appears whole or not at all; files of those names are replaced. Weights are stored in `dtype`, that of the
+    model when None.
 
     Raises:
         InputError: The folder holds weights in several files, which would go on being read; or `dtype` is none that
             models run in.
     """
-    stored, target = as_dtype(dtype), Path(folder)
+    stored, target = as_dtype(dtype or model.embed.weight.dtype), Path(folder)
     if (target / INDEX).exists():
         raise InputError(f"{target} holds a model in several files ({INDEX}): give another folder.")
     try:

@@ -2,10 +2,12 @@
 
 A family module has
 
-- `MODEL_TYPE`, that of its `config.json`, and `DESCRIPTION`, a line for people;
+- `MODEL_TYPE`, that of its `config.json`, `DESCRIPTION`, a line for people, and `HUB`, a model of it on the hub;
 - `read_config(keys) -> LoopedConfig`. A missing key may raise KeyError, a setting that is not built ValueError;
 - `weight_names(cfg)`, from our parameter names to the stored ones (or rows of them); without it they are the same.
   `head.weight` is always named: where the head is tied, a stored copy is allowed if it equals the embedding;
+- `redundant(cfg)`, where files may hold tensors that the configuration implies: their names, with the values they must
+  have;
 - `claims(keys)`, where several families share a model type: whether a file is of this one;
 - `write_config(cfg) -> dict`, where models can be saved in its layout.
 

@@ -23,13 +23,6 @@ class Rows:
 
 Names = dict[str, "str | Rows"]
 
-# What a missing key means in transformers' configuration of Llama. Keys without a default are required.
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
-}
 # Settings that change the computation, with what is built.
 LLAMA_BUILT: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -53,11 +46,12 @@ def rotary(keys: Keys) -> dict[str, Any]:
     """`rope_base` and `rope_scaling`, from the keys of transformers 4 or from `rope_parameters` of transformers 5.
 
     Raises:
+        KeyError: No base.
         ValueError: A scaling other than that of Llama 3.
     """
     given = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
-    base: Any = given.get("rope_theta") or keys.get("rope_theta") or LLAMA_DEFAULTS["rope_theta"]
+    base: Any = given.get("rope_theta") or keys["rope_theta"]
     if kind == "default":
         return {"rope_base": float(base)}
     if kind != "llama3":
@@ -75,24 +69,23 @@ def llama_sizes(keys: Keys) -> dict[str, Any]:
     """The part of a `LoopedConfig` that the usual Llama keys say.
 
     Raises:
-        KeyError: A key without a default is missing.
+        KeyError: A key is missing; only the number of key/value heads, the width of a head and the tie have defaults.
         ValueError: A setting that is not built.
     """
     refuse_unbuilt(keys, LLAMA_BUILT)
-    full = LLAMA_DEFAULTS | dict(keys)
-    heads = full["num_attention_heads"]
+    heads = keys["num_attention_heads"]
     return {
-        "vocab_size": full["vocab_size"],
-        "d_model": full["hidden_size"],
-        "n_layers": full["num_hidden_layers"],
+        "vocab_size": keys["vocab_size"],
+        "d_model": keys["hidden_size"],
+        "n_layers": keys["num_hidden_layers"],
         "n_heads": heads,
-        "n_kv_heads": full.get("num_key_value_heads") or heads,
-        "d_head": full.get("head_dim") or full["hidden_size"] // heads,
-        "d_mlp": full["intermediate_size"],
-        "n_ctx": full["max_position_embeddings"],
-        "norm_eps": full["rms_norm_eps"],
-        "tie_embeddings": full["tie_word_embeddings"],
-        **rotary(full),
+        "n_kv_heads": keys.get("num_key_value_heads") or heads,
+        "d_head": keys.get("head_dim") or keys["hidden_size"] // heads,
+        "d_mlp": keys["intermediate_size"],
+        "n_ctx": keys["max_position_embeddings"],
+        "norm_eps": keys["rms_norm_eps"],
+        "tie_embeddings": keys.get("tie_word_embeddings", False),
+        **rotary(keys),
     }
 
 

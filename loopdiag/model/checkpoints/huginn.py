@@ -10,6 +10,7 @@ from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "huginn_raven"
 DESCRIPTION = "Huginn-0125: recurrent depth between prelude and coda"
+HUB = "tomg-group-umd/huginn-0125"
 BUILT = {
     "bias": (False, None),
     "block_class_name": ("SandwichBlock",),

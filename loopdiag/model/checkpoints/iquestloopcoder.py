@@ -11,6 +11,7 @@ from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "iquestloopcoder"
 DESCRIPTION = "IQuest-Coder-V1-Loop: loops on shared keys and values"
+HUB = "IQuestLab/IQuest-Coder-V1-40B-Loop-Instruct"
 
 
 def read_config(keys: Keys) -> LoopedConfig:

@@ -14,6 +14,7 @@ from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "iquestpltcoder"
 DESCRIPTION = "Parallel Loop Transformers: LoopCoder-V2 and the bundled family"
+HUB = "Multilingual-Multimodal-NLP/LoopCoder-V2"
 
 # What a missing key means, from the vendor's configuration class.
 DEFAULTS: dict[str, Any] = {
@@ -29,9 +30,11 @@ DEFAULTS: dict[str, Any] = {
 def read_config(keys: Keys) -> LoopedConfig:
     """The configuration that a `config.json` of this family describes; see `checkpoints`."""
     full = DEFAULTS | dict(keys)
-    left, right = full["plt_window_size"]
-    if right != 0:
-        raise ValueError(f"plt_window_size = [{left}, {right}] looks ahead: allowed is [n, 0].")
+    match full["plt_window_size"]:
+        case [int(left), 0]:
+            pass
+        case other:
+            raise ValueError(f"plt_window_size = {other!r} is not built: allowed is [n, 0], n tokens to the left.")
     return LoopedConfig(
         # The vendor's fork ignores `head_dim`; in every known file it is hidden_size / heads.
         **llama_sizes(keys),
@@ -60,6 +63,8 @@ def write_config(cfg: LoopedConfig) -> dict[str, Any]:
     keys = _written(cfg)
     said = read_config(keys)
     # Whatever the layout has no key for must be what it has built in.
+    if cfg.d_head * cfg.n_heads != cfg.d_model:
+        raise ValueError(f"{MODEL_TYPE} cannot store d_head = {cfg.d_head}: it takes d_model / n_heads for it.")
     if lost := [name for name, value in vars(cfg).items() if value != getattr(said, name)]:
         raise ValueError(f"{MODEL_TYPE} cannot store " + ", ".join(f"{n} = {getattr(cfg, n)!r}" for n in lost) + ".")
     return keys

@@ -10,20 +10,21 @@ from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "nanbeige"
 DESCRIPTION = "Nanbeige 4.2: looped Llama stack"
-# LoopSplit, hyper-connections, depth attention, n-gram embeddings, norms of queries and keys: off in every release.
-NOT_BUILT = (
-    *("enable_double_loop_split", "loop_middle_layers", "loop_share_kv"),
-    *("enable_hyper_connection", "enable_mhc", "enable_depth_attention", "qk_layernorm"),
+HUB = "Nanbeige/Nanbeige4.2-3B"
+# LoopSplit, hyper-connections, n-gram embeddings, norms of queries and keys: off in every release. Files carry other
+# keys of theirs, which mean nothing while these are off.
+SWITCHES = (
+    *("loop_middle_layers", "loop_share_kv", "qk_layernorm"),
+    *("mhc_diff_for_loop", "mhc_double_stream_position_for_loop", "mhc_identity_nohresparam"),
+    *("emb_neighbor_num", "emb_split_num", "insert_ngram_layer_idx", "ngram_insert_all_layers"),
+    *("ngram_embedding_hidden_size", "ngram_vocab_size_ratio"),
 )
-# Whatever else starts so and is switched on belongs to one of them.
-NOT_BUILT_PREFIXES = ("enable_", "emb_", "mhc_", "hyper_connection", "depth_attention")
 
 
 def read_config(keys: Keys) -> LoopedConfig:
     """The configuration that a `config.json` of this family describes; see `checkpoints`."""
-    switched_on = [key for key in keys if key in NOT_BUILT or key.startswith(NOT_BUILT_PREFIXES) if keys[key]]
-    if switched_on:
-        settings = ", ".join(f"{key} = {keys[key]!r}" for key in switched_on)
+    if on := [key for key in keys if keys[key] and (key in SWITCHES or key.startswith("enable_"))]:
+        settings = ", ".join(f"{key} = {keys[key]!r}" for key in on)
         raise ValueError(f"{settings}: not built, since no released checkpoint uses it; allowed is off.")
     # The list of loss weights, one for every loop but the last, overrules the loop count.
     weights = keys.get("loop_loss_weights") or []

@@ -13,6 +13,7 @@ from loopdiag.model.config import LoopedConfig, RopeScaling
 
 MODEL_TYPE = "loopdiag"
 DESCRIPTION = "any looped decoder of this toolkit"
+HUB = ""
 NOT_SETTINGS = ("model_type", "dtype", "eos_token_id", "transformers_version", "architectures")
 
 

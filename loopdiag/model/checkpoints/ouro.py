@@ -10,6 +10,7 @@ from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "ouro"
 DESCRIPTION = "Ouro: looped stack with an exit gate"
+HUB = "ByteDance/Ouro-1.4B"
 BUILT = {"use_sliding_window": (False, None)}
 
 

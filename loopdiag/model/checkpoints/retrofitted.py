@@ -15,6 +15,7 @@ from loopdiag.model.config import LoopedConfig
 
 __all__ = ["MODEL_TYPE"]
 DESCRIPTION = "Retrofitted recurrence: prelude, looped core and coda cut out of a Llama"
+HUB = "smcleish/Recurrent-TinyLlama-3T-train-recurrence-4"
 BUILT = {"qk_bias": (False, None)}
 
 
