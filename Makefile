@@ -33,8 +33,9 @@ figures: $(BASE)  ## measure the bundled model and draw figures/ from the saved 
 family: $(DEV)  ## train the bundled models again (an hour on two cores; goes on where it stopped)
 	$(BIN)/python -m loopdiag.sweep.family
 
-bench: $(BASE)  ## cost of the hook points
+bench: $(BASE)  ## cost of the hook points, memory of loading
 	$(BIN)/python benchmarks/hook_overhead.py
+	$(BIN)/python benchmarks/loading_memory.py
 
 $(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -263,9 +263,9 @@ def absent(trace: LoopTrace, readouts: bool) -> dict[str, str]:
     """Measures that are left out, each with the reason: what a model does not have is absent, not zero."""
     reasons: list[tuple[bool, tuple[str, ...], str]] = [
         (not readouts, ("nll_usable", "withheld"), "readouts were not fitted"),
-        (not trace.readable, OF_PREDICTIONS, "the trace has no head or no tokens"),
+        (not trace.readable, (*OF_PREDICTIONS, "nll_lens"), "the trace has no head or no tokens"),
         (trace.offset == 0, OF_THE_OFFSET, "the model has no cross-loop position offset"),
-        (trace.gate is None, ("gate_mean",), "attention blends no branches, so it has no gate"),
+        (trace.gate is None, ("gate_mean",), "no loop of this run blends attention, so there is no gate"),
         (trace.coda is None, ("nll_lens",), "no coda stands before the head, so exits are the plain logit lens"),
         (trace.leave is None, ("exit_probability",), "the model has no exit gate"),
     ]

@@ -209,7 +209,7 @@ def heads(x, weight, n_heads, bias):
 
 
 def rotate(cfg, table, x):
-    """RoPE: at position p the pair i, entries (i, i + d_head / 2) or (2 i, 2 i + 1), turns by p / base ** (2 i / d_head).
+    """RoPE: at position p the pair i, entries (i, i + d_head / 2) or (2i, 2i + 1), turns by p / base ** (2i / d_head).
 
     Stretched as Llama 3 does it when the configuration says so; or by the cos and sin of a table [pos, pair, 2].
     """

@@ -189,7 +189,7 @@ def test_what_the_model_lacks_is_said():
     assert {name: why for name, why in given["absent"].items() if name not in ("withheld", "nll_lens")} == {
         **dict.fromkeys(("omega", "omega_relative", "omega_random"), no_offset),
         "nll_usable": no_readouts,
-        "gate_mean": "attention blends no branches, so it has no gate",
+        "gate_mean": "no loop of this run blends attention, so there is no gate",
         "exit_probability": "the model has no exit gate",
     }
     assert given["absent"]["withheld"] in (no_offset, no_readouts)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformer_lens import ActivationCache
 
 from loopdiag.model.cache import ONE_PASS_HELPERS, WORK_ON_A_LOOP
-from loopdiag.model.config import LoopedConfig
+from loopdiag.model.config import LoopedConfig, RopeScaling
 from loopdiag.model.decoder import LoopedLM
 
 BASE = LoopedConfig(
@@ -38,6 +38,69 @@ CONFIGS = [
     ({"offset": 99, "carry_scale": 1.0, "gate_input": "query", "window": 2}, 3),
 ]
 
+# With d_head = 6 and a base of 100: one pair that is kept, one that is blended, one that is slowed.
+STRETCH = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_n_ctx=60)
+
+# The same for the wirings of other families, and for pairs of choices that none of them makes.
+HUGINN_LIKE = (
+    {"n_prelude": 1, "n_coda": 1, "initial_state": "random", "injection": "concat", "offset": 0, "memory": "own"}
+    | {"norms": "pre_post", "rope_pairs": "adjacent", "rope_table": True, "qk_bias": True, "embed_multiplier": 3.5}
+    | {"n_kv_heads": 4, "norm_before_coda": True}
+)
+OURO_LIKE = {
+    "n_loops": 4,
+    "injection": "none",
+    "offset": 0,
+    "memory": "own",
+    "norms": "sandwich",
+    "exit_gate": True,
+} | {"tie_embeddings": False, "n_kv_heads": 4}
+RANDOM_PLT = {"initial_state": "random", "carry_scale": 0.9, "n_prelude": 2, "gate_input": "query"}
+POST_CODA = {
+    "norms": "post",
+    "offset": 2,
+    "n_coda": 2,
+    "memory": "own",
+    "norm_between_loops": False,
+    "carry_scale": 0.8,
+} | {"tie_embeddings": False}
+RETROFITTED = {
+    "n_prelude": 1,
+    "n_coda": 1,
+    "injection": "concat",
+    "offset": 0,
+    "memory": "own",
+    "norm_before_coda": True,
+} | {"norm_between_loops": False, "rope_base": 100.0, "rope_scaling": STRETCH, "n_layers": 1}
+NEW_CONFIGS = [
+    (HUGINN_LIKE, 4),
+    (OURO_LIKE, 2),
+    (POST_CODA, 3),
+    (RANDOM_PLT, 3),
+    (RETROFITTED, 4),
+    ({"n_loops": 1, "rope_base": 100.0, "rope_scaling": STRETCH, "qk_bias": True, "injection": "none"}, 1),
+    (
+        {"initial_state": "random", "injection": "concat", "offset": 2, "window": 1, "n_coda": 1, "exit_gate": True}
+        | {"norms": "sandwich", "qk_bias": True, "norm_before_coda": True, "n_loops": 2},
+        3,
+    ),
+    (
+        {"n_loops": 2, "rope_table": True, "rope_pairs": "adjacent", "norms": "post", "gate_input": "query"}
+        | {"exit_gate": True, "embed_multiplier": -0.3, "carry_scale": 0.6, "norm_between_loops": False},
+        5,
+    ),
+    (
+        {"norms": "pre_post", "offset": 0, "n_prelude": 2, "n_coda": 1, "window": 2, "rope_pairs": "adjacent"}
+        | {"rope_base": 100.0, "rope_scaling": STRETCH, "carry_scale": 1.0},
+        2,
+    ),
+    (
+        {"n_loops": 4, "injection": "concat", "rope_table": True, "n_coda": 1, "window": 4, "n_kv_heads": 1}
+        | {"norm_between_loops": False, "initial_state": "random", "exit_gate": True, "n_layers": 1},
+        3,
+    ),
+]
+
 
 def make_model(seed=0, dtype=torch.float64, **changes):
     """A model with random weights, peaky attention, norms and gates far from neutral."""
@@ -53,7 +116,19 @@ def make_model(seed=0, dtype=torch.float64, **changes):
             weight.data = noise
         else:
             weight.data = noise * weight.shape[-1] ** -0.5
+    if model.cfg.rope_table:
+        # Angles of no base, so that only who reads the table knows them.
+        angle = 3 * torch.randn(model.rope_table.table.shape[:2], generator=generator)
+        model.rope_table.table.copy_(torch.stack((angle.cos(), angle.sin()), dim=-1))
     return model.to(dtype)
+
+
+def random_start(model, ids, seed=0):
+    """Arguments that give a model with a random initial state a Z_0 of ours; none for others."""
+    if model.cfg.initial_state != "random":
+        return {}
+    shape, generator = (*ids.shape, model.cfg.d_model), torch.Generator().manual_seed(seed)
+    return {"initial_state": torch.randn(shape, dtype=torch.float64, generator=generator).to(model.embed.weight.dtype)}
 
 
 def everything(name):
@@ -76,20 +151,22 @@ def all_states(model, ids, **kwargs):
 
 
 @pytest.mark.parametrize(
-    # Measured over all states of these configurations: float64 2e-14, float32 2e-5.
+    # Measured over all states of these configurations: float64 4e-14, float32 2e-5.
     ("dtype", "atol"),
     [(torch.float64, 1e-10), (torch.float32, 2e-4)],
     ids=["float64", "float32"],
 )
-@pytest.mark.parametrize("case", range(len(CONFIGS)))
+@pytest.mark.parametrize("case", range(len(CONFIGS) + len(NEW_CONFIGS)))
 def test_every_state_equals_the_plain_implementation(case, dtype, atol):
     """Each state of each loop, patterns included, and no state more or less; fewer and more loops than trained."""
-    changes, n_loops = CONFIGS[case]
+    changes, n_loops = (CONFIGS + NEW_CONFIGS)[case]
     model = make_model(seed=case, dtype=dtype, **changes)
     weights = {name: weight.double() for name, weight in model.state_dict().items()}
-    ours = all_states(model, IDS, n_loops=n_loops)
+    start = random_start(model, IDS)
+    ours = all_states(model, IDS, n_loops=n_loops, **start)
     for row, tokens in enumerate(IDS.tolist()):
-        plain = plain_run(model.cfg, weights, tokens, n_loops)
+        given = [z[row].double() for z in start.values()]
+        plain = plain_run(model.cfg, weights, tokens, n_loops, *given)
         assert set(ours) == set(plain)
         for name, expected in plain.items():
             assert ours[name].dtype == dtype
@@ -119,14 +196,20 @@ def padded_batch():
     return ids, mask
 
 
-@pytest.mark.parametrize("changes", [{}, {"offset": 2, "gate_input": "query"}, {"memory": "own", "carry_scale": 1.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({}, {"offset": 2, "gate_input": "query"}, {"memory": "own", "carry_scale": 1.0}),
+        *(HUGINN_LIKE, RANDOM_PLT, POST_CODA, RETROFITTED | {"offset": 1}),
+    ],
+)
 def test_padded_documents_get_the_states_they_get_alone(changes):
-    """No state of a real token depends on the padding, its side, or its neighbours in the batch."""
+    """No state of a real token depends on padding, its side, or neighbours in the batch; a drawn Z_0 neither."""
     model = make_model(**changes)
     ids, mask = padded_batch()
-    batch = all_states(model, ids, attention_mask=mask)
+    batch = all_states(model, ids, attention_mask=mask, seed=5)
     for row, (start, end) in enumerate(SPANS):
-        alone = all_states(model, ids[row : row + 1, start:end])
+        alone = all_states(model, ids[row : row + 1, start:end], seed=5)
         for name, expected in alone.items():
             ours = batch[name][row]
             ours = ours[:, start:end, start:end] if "pattern" in name else ours[start:end]
@@ -144,10 +227,14 @@ def test_masks_of_any_dtype_and_full_masks():
     assert torch.equal(model(ids, torch.ones_like(ids)), model(ids))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"window": 5, "carry_scale": 1.0}, HUGINN_LIKE, OURO_LIKE, RANDOM_PLT | {"offset": 2}, POST_CODA, RETROFITTED],
+)
 @torch.no_grad()
-def test_a_later_token_changes_no_earlier_state():
-    """Causal in every loop, carry and window included."""
-    model = make_model(window=5, carry_scale=1.0)
+def test_a_later_token_changes_no_earlier_state(changes):
+    """Causal in every loop, carry and window included, and in prelude and coda."""
+    model = make_model(**changes)
     changed = IDS.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 29
     before, after = all_states(model, IDS), all_states(model, changed)
@@ -157,7 +244,13 @@ def test_a_later_token_changes_no_earlier_state():
     assert not torch.equal(before["logits"][:, 5], after["logits"][:, 5])
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm_between_loops": False}, {"memory": "own"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({}, {"norm_between_loops": False}, {"memory": "own"}, HUGINN_LIKE, OURO_LIKE, RANDOM_PLT, POST_CODA),
+        *(RETROFITTED, RETROFITTED | {"norm_between_loops": True}, POST_CODA | {"memory": "first", "window": 1}),
+    ],
+)
 @torch.no_grad()
 def test_stopping_after_a_loop_is_reading_out_after_it(changes):
     """Exit after loop r of a long run = a run of r loops in all."""
@@ -183,9 +276,10 @@ def test_loops_grow_on_demand():
     assert fired == ["loops.4.hook_out"]
 
 
-def test_weights_stand_once():
+@pytest.mark.parametrize("changes", [{}, HUGINN_LIKE, OURO_LIKE, POST_CODA])
+def test_weights_stand_once(changes):
     """Loops add hook points, never parameters; fresh weights are the same for every loop count."""
-    one, four = LoopedLM(replace(BASE, n_loops=1)), LoopedLM(replace(BASE, n_loops=4))
+    one, four = (LoopedLM(replace(BASE, **changes | {"n_loops": n_loops})) for n_loops in (1, 4))
     assert sum(p.numel() for p in one.parameters()) == sum(p.numel() for p in four.parameters())
     assert list(one.state_dict()) == list(four.state_dict())
     assert not any("loops" in name for name in four.state_dict())
@@ -214,22 +308,58 @@ def test_loss_by_hand(dtype):
     assert_same(model(IDS, return_type="loss").double(), whole, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"gate_input": "query", "tie_embeddings": False}, {"memory": "own"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({}, {"gate_input": "query", "tie_embeddings": False}, {"memory": "own"}),
+        *(HUGINN_LIKE, OURO_LIKE, RANDOM_PLT, POST_CODA, RETROFITTED),
+    ],
+)
 def test_gradient_reaches_every_weight(changes):
-    """Every parameter gets a finite gradient that is not zero, padding or not; with one loop the gates get none."""
+    """Every parameter gets a finite gradient that is not zero, padding or not; with one loop the gates get none.
+
+    The exit gate has no say in the logits and gets none at all; the adapter where loop 1 passes E as it is.
+    """
     ids, mask = padded_batch()
     for args in ((IDS,), (ids, mask)):
         model = make_model(**changes)
         model(*args, return_type="loss").backward()
         for name, weight in model.named_parameters():
+            if name.startswith("exit_gate."):
+                assert weight.grad is None, name
+                continue
             assert weight.grad is not None, name
             assert weight.grad.isfinite().all(), name
             assert weight.grad.abs().max() > 0, name
     model = make_model(**changes)
     model(IDS, n_loops=1, return_type="loss").backward()
+    unused = ["exit_gate.", ".gate."] + (["adapter."] if model.cfg.initial_state == "embedding" else [])
     assert {name for name, weight in model.named_parameters() if weight.grad is None} == {
-        name for name, _ in model.named_parameters() if ".gate." in name
+        name for name, _ in model.named_parameters() if any(part in name for part in unused)
     }
+
+
+@pytest.mark.parametrize("changes", [{}, HUGINN_LIKE])
+@torch.no_grad()
+def test_logits_of_the_last_position(changes):
+    """The last row of all logits, without the others. Measured: 3e-15."""
+    model = make_model(**changes)
+    assert_same(model(IDS, return_type="last"), model(IDS)[:, -1], 1e-12)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_table": True, "rope_pairs": "adjacent"}])
+@torch.no_grad()
+def test_half_precision_is_turned_in_float32(changes):
+    """Queries and keys of a bfloat16 model: turned by angles that are not rounded, then rounded once."""
+    model = make_model(dtype=torch.bfloat16, **changes)
+    whole = make_model(dtype=torch.float32, **changes)
+    for point in ("q", "k"):
+        before, after = (f"loops.1.blocks.0.attn.hook_{turn}{point}" for turn in ("", "rot_"))
+        _, ours = model.run_with_cache(IDS, names_filter=[before, after])
+        with whole.hooks(fwd_hooks=[(before, lambda x, hook, ours=ours: ours[hook.name].float())]):
+            _, expected = whole.run_with_cache(IDS, names_filter=after)
+        assert ours[after].dtype == torch.bfloat16
+        assert torch.equal(ours[after], expected[after].bfloat16())
 
 
 # -- memory -----------------------------------------------------------------------------------------
@@ -268,7 +398,8 @@ def test_no_attention_matrix_unless_asked_for(memory, padded, train):
             model.run_with_cache(ids, attention_mask=mask)
         with LargestTensor() as asked:
             model.run_with_cache(ids, attention_mask=mask, names_filter=pattern)
-    assert plain.numel <= 3 * length**2
+    # Without padding and windows plain causality needs no mask either.
+    assert plain.numel < length**2 if memory == "own" and not padded else plain.numel <= 3 * length**2
     assert default_cache.numel <= 3 * length**2
     assert asked.numel == 3 * model.cfg.n_heads * length**2
 
@@ -281,16 +412,23 @@ def nudge(x, hook):
     return x + 0.1 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
 
 
-def is_early_readout(name):
-    """Readouts of loops before the last of three are side exits: nothing reads them."""
-    return name in ("loops.1.hook_readout", "loops.2.hook_readout")
+def is_side_exit(name, n_loops=3):
+    """The exit gate and, before the last loop, what the head would read: nothing that goes on reads them."""
+    early = any(name.startswith(f"loops.{loop}.") for loop in range(1, n_loops))
+    return name.endswith("hook_exit_gate") or (early and name.endswith(("hook_coda_out", "hook_readout")))
 
 
-@pytest.mark.parametrize("memory", ["own", "first"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"memory": "own"}, {}, HUGINN_LIKE, OURO_LIKE | {"n_loops": 3}, RANDOM_PLT, POST_CODA),
+        RETROFITTED | {"exit_gate": True},
+    ],
+)
 @torch.no_grad()
-def test_an_edit_flows_on_and_never_back(memory):
+def test_an_edit_flows_on_and_never_back(changes):
     """For each hook point: states that fired before are untouched to the bit, and the logits change."""
-    model = make_model(memory=memory)
+    model = make_model(**changes)
     clean = all_states(model, IDS)
     order = list(clean)
     assert set(order) == {*model.hook_dict, "logits"}
@@ -300,7 +438,7 @@ def test_an_edit_flows_on_and_never_back(memory):
         for earlier in order[: order.index(name)]:
             assert torch.equal(edited[earlier], clean[earlier]), f"{name} changed {earlier}"
         assert not torch.equal(edited[name], clean[name])
-        assert torch.equal(edited["logits"], clean["logits"]) == is_early_readout(name), name
+        assert torch.equal(edited["logits"], clean["logits"]) == is_side_exit(name), name
 
 
 @pytest.mark.parametrize(
@@ -327,6 +465,93 @@ def test_an_edit_of_the_stream_reaches_everything_after(name):
     order = list(clean)
     for later in order[order.index(name) :]:
         assert not torch.equal(edited[later], clean[later]), f"{name} did not change {later}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hook_embed", "prelude.blocks.0.hook_resid_pre", "prelude.blocks.0.hook_resid_post", "prelude.hook_out"),
+        *("hook_initial_state", "loops.2.hook_out", "loops.3.hook_out"),
+        *("coda.hook_in", "coda.blocks.0.hook_resid_mid", "loops.3.hook_coda_out", "loops.3.hook_readout"),
+    ],
+)
+@torch.no_grad()
+def test_an_edit_before_or_after_the_loops_reaches_everything_after(name):
+    """So in a model with prelude, random start and coda; what loop 2 hands over is felt by no exit of loop 2."""
+    model = make_model(**HUGINN_LIKE)
+    clean = all_states(model, IDS)
+    with model.hooks(fwd_hooks=[(name, nudge)]):
+        edited = all_states(model, IDS)
+    order = list(clean)
+    # Prelude and random start know nothing of one another.
+    apart = {"hook_initial_state"} if "embed" in name or "prelude" in name else set()
+    if name == "hook_initial_state":
+        apart = {other for other in order if other.startswith("prelude.")}
+    for later in order[order.index(name) :]:
+        assert torch.equal(edited[later], clean[later]) == (later in apart), f"{name}, {later}"
+
+
+@torch.no_grad()
+def test_the_coda_fires_for_the_exit_of_the_run_only():
+    """Once, on the way to the run's own logits, even where earlier exits are asked for; those never touch the run."""
+    model = make_model(**POST_CODA)
+    clean, fired = model(IDS), []
+
+    def note(x, hook):
+        fired.append(hook.name)
+
+    own = [name for name in model.hook_dict if name.startswith("coda.")]
+    exits = [f"loops.{loop}.{point}" for loop in (1, 2, 3) for point in ("hook_coda_out", "hook_readout")]
+    for asked in (own, own + exits):
+        for n_loops in (1, 3):
+            fired.clear()
+            reached = [name for name in asked if name.startswith("coda.") or int(name.split(".")[1]) <= n_loops]
+            model.run_with_hooks(IDS, n_loops=n_loops, fwd_hooks=[(name, note) for name in reached])
+            assert sorted(fired) == sorted(reached)
+    assert torch.equal(model.run_with_hooks(IDS, fwd_hooks=[(exits[0], nudge), (exits[1], nudge)]), clean)
+    edited = model.run_with_cache(IDS, names_filter="loops.1.hook_readout")[1]["loops.1.hook_readout"]
+    with model.hooks(fwd_hooks=[("coda.hook_in", nudge)]):
+        assert not torch.equal(model(IDS), clean)
+        _, cache = model.run_with_cache(IDS, names_filter="loops.1.hook_readout")
+    assert torch.equal(cache["loops.1.hook_readout"], edited)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_between_loops": False}, POST_CODA, HUGINN_LIKE])
+@torch.no_grad()
+def test_what_is_handed_on_is_not_what_is_read_out(changes):
+    """An edit of `hook_out` moves the loops after, and of the readouts only theirs; a coda's exit can be edited."""
+    model = make_model(**changes)
+    clean = all_states(model, IDS)
+    for loop in (1, 2):
+        with model.hooks(fwd_hooks=[(f"loops.{loop}.hook_out", nudge)]):
+            edited = all_states(model, IDS)
+        for other in (1, 2, 3):
+            name = f"loops.{other}.hook_readout"
+            assert torch.equal(edited[name], clean[name]) == (other <= loop), name
+    with model.hooks(fwd_hooks=[("loops.3.hook_out", nudge)]):
+        assert not torch.equal(all_states(model, IDS)["loops.3.hook_readout"], clean["loops.3.hook_readout"])
+    if model.cfg.n_coda:
+        with model.hooks(fwd_hooks=[("loops.1.hook_coda_out", nudge)]):
+            edited = all_states(model, IDS)
+        assert_same(edited["loops.1.hook_readout"], model.ln_final(edited["loops.1.hook_coda_out"]), 0)
+        assert not torch.equal(edited["loops.1.hook_readout"], clean["loops.1.hook_readout"])
+
+
+@pytest.mark.parametrize("changes", [POST_CODA, HUGINN_LIKE, RETROFITTED])
+@torch.no_grad()
+def test_the_coda_of_any_state(changes):
+    """`coda_out` of what a loop hands over is its `hook_coda_out`, padded or not, and fires no hook."""
+    model = make_model(**changes | {"norm_between_loops": True})
+    ids, mask = padded_batch()
+    clean, fired = all_states(model, ids, attention_mask=mask), []
+    model.add_hook(lambda name: name.startswith("coda."), lambda x, hook: fired.append(hook.name))
+    for loop in (1, 3):
+        ours = model.coda_out(clean[f"loops.{loop}.hook_out"], mask)
+        # Measured: 2e-15.
+        assert_same(ours[mask.bool()], clean[f"loops.{loop}.hook_coda_out"][mask.bool()], 1e-12)
+    assert not fired
+    with pytest.raises(ValueError, match="no coda"):
+        make_model().coda_out(clean["loops.3.hook_out"])
 
 
 def test_a_hook_fires_once_in_its_own_loop_only():
@@ -412,7 +637,13 @@ def test_hooks_come_off_when_a_run_fails(why):
     assert own == ["permanent", "added"]
 
 
-@pytest.mark.parametrize("name", ["loops.9.hook_out", "loops.0.hook_in", "blocks.0", "blocks.0.hook_resid_post", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("loops.9.hook_out", "loops.0.hook_in", "blocks.0", "blocks.0.hook_resid_post", ""),
+        *("prelude.hook_out", "coda.hook_in", "loops.1.hook_coda_out", "loops.1.hook_exit_gate", "hook_initial_state"),
+    ],
+)
 @torch.no_grad()
 def test_unknown_names_say_the_range(name):
     """A name that could never fire is refused by every door, and the message says what there is."""
@@ -431,20 +662,41 @@ def test_unknown_names_say_the_range(name):
     assert not model.list_hooks()
 
 
-@pytest.mark.parametrize("norm_between_loops", [True, False])
+def in_place(x, hook):
+    """Silences the third token, or query head, of the first document."""
+    x[0, 2] = 0.0
+    return x
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm_between_loops": False}, HUGINN_LIKE, OURO_LIKE, RANDOM_PLT, POST_CODA, RETROFITTED]
+)
 @torch.no_grad()
-def test_an_edit_in_place_is_an_edit(norm_between_loops):
-    """`x[:, 2] = 0; return x` is how many hooks are written: it does what returning a changed copy does."""
-    model = make_model(norm_between_loops=norm_between_loops)
-
-    def in_place(x, hook):
-        x[:, 2] = 0.0
-        return x
-
+def test_an_edit_in_place_is_an_edit(changes):
+    """`x[0, 2] = 0; return x` is how many hooks are written: it does what returning a changed copy does."""
+    model = make_model(**changes)
     for name in model.hook_dict:
         edited = model.run_with_hooks(IDS, fwd_hooks=[(name, in_place)])
         expected = model.run_with_hooks(IDS, fwd_hooks=[(name, lambda x, hook: in_place(x.clone(), hook))])
         assert torch.equal(edited, expected), name
+
+
+@torch.no_grad()
+def test_an_edit_in_place_of_a_drawn_initial_state():
+    """It silences a token of the first document and no other's."""
+    model = make_model(dtype=torch.float32, **RANDOM_PLT)
+    edited = model.run_with_hooks(IDS, fwd_hooks=[("hook_initial_state", in_place)])
+    assert torch.equal(edited[1], model(IDS)[1])
+
+
+@torch.no_grad()
+def test_an_edit_in_place_leaves_the_callers_initial_state():
+    """What was given is the caller's."""
+    model = make_model(**RANDOM_PLT)
+    given = random_start(model, IDS)
+    kept = given["initial_state"].clone()
+    model.run_with_hooks(IDS, fwd_hooks=[("hook_initial_state", in_place)], **given)
+    assert torch.equal(given["initial_state"], kept)
 
 
 @torch.no_grad()
@@ -512,6 +764,7 @@ def test_int32_tokens_have_a_loss():
 
 
 def test_wrong_return_type():
+    """The message says what there is."""
     with pytest.raises(ValueError, match="return_type = 'both'"):
         make_model()(IDS, return_type="both")
 
@@ -528,6 +781,12 @@ def test_wrong_return_type():
         ("n_kv_heads", 3),
         ("n_kv_heads", 8),
         ("d_head", 5),
+        *((name, bad) for name in ("n_prelude", "n_coda") for bad in (-1, 1.0, True, None, "1")),
+        *((name, bad) for name in ("initial_state", "norms", "rope_pairs") for bad in ("other", None, 1, True)),
+        *((name, bad) for name in ("initial_std", "exit_threshold") for bad in (0.0, -1.0, float("nan"), "1", None)),
+        *(("embed_multiplier", bad) for bad in (float("nan"), float("inf"), None, "1", True)),
+        *((name, bad) for name in ("norm_before_coda", "qk_bias", "rope_table", "exit_gate") for bad in (None, 1, "")),
+        *(("rope_scaling", bad) for bad in (8.0, "llama3", {"factor": 8.0}, True)),
     ],
 )
 def test_wrong_configuration(field, value):
@@ -544,6 +803,82 @@ def test_wrong_types_in_a_configuration(field, value):
     """A null or a string from a JSON file is refused by name."""
     with pytest.raises(ValueError, match=rf"^LoopedConfig: {field} = {value!r} is not allowed"):
         replace(BASE, **{field: value})
+
+
+def test_a_random_state_has_to_enter_with_the_tokens():
+    """Without an injection no token would ever reach the loops."""
+    with pytest.raises(ValueError, match=r"initial_state = 'random' .*injection = 'none'"):
+        replace(BASE, initial_state="random", injection="none")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, bad) for name in vars(STRETCH) for bad in (0, -1.0, float("nan"), float("inf"), None, "8", True)),
+        *(("high_freq_factor", bad) for bad in (1.0, 0.5)),
+    ],
+)
+def test_wrong_rope_scaling(field, value):
+    """Every value is a number above 0, and the blend goes from slow to fast."""
+    with pytest.raises(ValueError, match=rf"rope_scaling\.{field} = {value!r} is not allowed"):
+        replace(STRETCH, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "message"),
+    [
+        ({}, torch.zeros(2, 9, 12), "starts from its embedding"),
+        (RANDOM_PLT, torch.zeros(2, 9, 11), r"\(2, 9, 11\): it must be \(2, 9, 12\)"),
+        (RANDOM_PLT, torch.zeros(1, 9, 12), r"\(1, 9, 12\): it must be \(2, 9, 12\)"),
+        (RANDOM_PLT, torch.zeros(12), r"\(12,\)"),
+    ],
+)
+def test_wrong_initial_states(changes, state, message):
+    """One row per token, and only where there is one."""
+    with pytest.raises(ValueError, match=f"initial_state.*{message}"):
+        make_model(**changes)(IDS, initial_state=state)
+
+
+@torch.no_grad()
+def test_a_given_initial_state():
+    """It is what enters loop 1, in the model's dtype; with none given, a seed decides."""
+    model = make_model(dtype=torch.float32, **RANDOM_PLT)
+    given = random_start(model, IDS)["initial_state"].double()
+    states = all_states(model, IDS, initial_state=given)
+    assert_same(states["hook_initial_state"], given.float(), 0)
+    assert torch.equal(model(IDS), model(IDS, seed=0))
+    assert not torch.equal(model(IDS), model(IDS, seed=1))
+    drawn = all_states(model, IDS, seed=3)["hook_initial_state"]
+    assert torch.equal(model(IDS, initial_state=drawn), model(IDS, seed=3))
+
+
+@torch.no_grad()
+def test_the_end_of_a_stored_table():
+    """As many tokens as it has rotations for run, one more is refused; computed rotations have no end."""
+    model = make_model(rope_table=True, n_ctx=9)
+    model(IDS)
+    with pytest.raises(ValueError, match=r"10 tokens .*table of rotations.* 9"):
+        model(torch.zeros(1, 10, dtype=torch.long))
+    make_model(n_ctx=9)(torch.zeros(1, 10, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_a_stored_table_stays_as_stored():
+    """Float32 through every cast, to the bit, and carried along to another device and by the state dict."""
+    model = make_model(dtype=torch.float32, rope_table=True, rope_pairs="adjacent")
+    table = model.rope_table.table.clone()
+    for cast in (
+        *(lambda net: net.to(torch.bfloat16), lambda net: net.half(), lambda net: net.double()),
+        *(lambda net: net.to("cpu", torch.bfloat16), lambda net: net.float()),
+    ):
+        dtype = cast(model).embed.weight.dtype
+        assert model.rope_table.table.dtype == torch.float32
+        assert torch.equal(model.rope_table.table, table)
+        assert model(IDS).dtype == dtype
+    assert torch.equal(model.state_dict()["rope_table.table"], table)
+    assert model.to("meta", torch.bfloat16).rope_table.table.device.type == "meta"
+    assert model.rope_table.table.dtype == torch.float32
+    assert not list(model.rope_table.parameters())
 
 
 # -- caches -----------------------------------------------------------------------------------------

@@ -11,11 +11,14 @@ from test_decoder import BASE, make_model
 from tiny import VOCABULARY, padded, random_corpus, word_tokenizer, words
 
 from loopdiag import diagnosis as module
+from loopdiag import plots
 from loopdiag.corpus import Corpus, CorpusError, Document, TokenDocument
 from loopdiag.diagnosis import DEFINITIONS, Diagnosis, DiagnosisError, diagnose, matched_tokens, measure, weights_hash
 from loopdiag.errors import InputError
+from loopdiag.gaincost import gain_cost, recommend
+from loopdiag.gaincost.answer import answer, dumps, loop_rows
 from loopdiag.measures.prediction import exits
-from loopdiag.trace import record
+from loopdiag.trace import ForeignModel, LoopTrace, record
 
 CORPUS = random_corpus()
 # Measures that need one or two loops before them; the others start at the embedding.
@@ -154,6 +157,308 @@ def test_what_was_not_taken_is_left_out(quick):
     ungated = diagnose(make_readable(memory="own"), CORPUS, readouts=False, n_loops=1)
     assert set(DEFINITIONS) - set(ungated.data) == {"nll_usable", "withheld", "gate_mean"} | NOT_OF_PLT
     assert ungated.loops.tolist() == [1]
+
+
+# -- what a model does not have ---------------------------------------------------------------------
+
+NO_READOUTS = "readouts were not fitted"
+NO_PREDICTIONS = "the trace has no head or no tokens"
+NO_OFFSET = "the model has no cross-loop position offset"
+NO_GATE = "no loop of this run blends attention, so there is no gate"
+NO_CODA = "no coda stands before the head, so exits are the plain logit lens"
+NO_EXIT_GATE = "the model has no exit gate"
+PREDICTIONS = (
+    "nll_exit",
+    "gain",
+    "cost",
+    "rank",
+    "entropy",
+    *(f"output_shift{end}" for end in ("", "_reverse", "_js")),
+)
+WITHOUT = {
+    "offset": dict.fromkeys(("omega", "omega_relative", "omega_random", "withheld"), NO_OFFSET),
+    "gate": {"gate_mean": NO_GATE},
+    "coda": {"nll_lens": NO_CODA},
+    "exit gate": {"exit_probability": NO_EXIT_GATE},
+}
+HUGINN = {"initial_state": "random", "injection": "concat", "n_prelude": 1, "n_coda": 1, "norm_before_coda": True}
+HUGINN |= {"offset": 0, "memory": "own", "norms": "pre_post", "norm_between_loops": False}
+KINDS = {  # settings, and the parts that a model with them does not have
+    "plt": ({}, ["coda", "exit gate"]),
+    "plain": ({"offset": 0, "memory": "own", "injection": "none"}, ["offset", "gate", "coda", "exit gate"]),
+    "ungated": ({"memory": "own"}, ["gate", "coda", "exit gate"]),
+    "unshifted": ({"offset": 0}, ["offset", "coda", "exit gate"]),
+    "ouro": ({"offset": 0, "memory": "own", "exit_gate": True}, ["offset", "gate", "coda"]),
+    "huginn": (HUGINN, ["offset", "gate", "exit gate"]),
+    "everything": ({"n_coda": 1, "exit_gate": True}, []),
+}
+
+
+@pytest.mark.parametrize("readouts", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_lacks_is_absent(kind, readouts):
+    """Each measure is there, finite from its first loop on, or absent with its reason: never both, and never neither.
+
+    Said in the provenance and in the JSON, whose rows have null for it.
+    """
+    changes, lacks = KINDS[kind]
+    made = diagnose(make_readable(**changes), CORPUS, readouts=readouts)
+    absent = {name: why for part in lacks for name, why in WITHOUT[part].items()}
+    if not readouts:
+        absent = dict.fromkeys(("nll_usable", "withheld"), NO_READOUTS) | absent
+    assert made.provenance["absent"] == absent
+    assert set(made.data) == set(DEFINITIONS) - set(absent)
+    for name, values in made.data.items():
+        assert values.isel(loop=slice(0, FROM_LOOP[name])).isnull().all(), name
+        assert np.isfinite(values.isel(loop=slice(FROM_LOOP[name], None))).all(), name
+    told = json.loads(dumps(answer(made, recommend(made))))
+    assert told["absent"] == absent
+    assert {name for name in DEFINITIONS if all(row[name] is None for row in told["loops"])} == set(absent)
+
+
+def test_a_run_of_one_loop_does_not_deny_the_gate():
+    """What one loop does not use is not what the model does not have."""
+    made = diagnose(MODEL, CORPUS, readouts=False, n_loops=1)
+    assert "of this run" in made.provenance["absent"]["gate_mean"]
+
+
+def test_measures_that_must_be_there(quick):
+    """`require` lets pass what was measured and says why another was not, with the name of the model."""
+    quick.require()
+    quick.require("nll_exit", "omega")
+    with pytest.raises(
+        DiagnosisError, match=rf"diagnosis of a model made here has no exit_probability: {NO_EXIT_GATE}\."
+    ):
+        quick.require("nll_exit", "exit_probability")
+    with pytest.raises(DiagnosisError, match=rf"has no withheld: {NO_READOUTS}"):
+        quick.require("withheld")
+    with pytest.raises(DiagnosisError, match="has no loudness: it was not measured"):
+        quick.require("loudness")
+
+
+# -- a random initial state -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_do_not_matter_to_a_random_start(batch_size):
+    """Every document starts from the same draw, wherever it stands. Measured: 2e-6 of at most 21."""
+    model = make_readable(**HUGINN)
+    one, other = (diagnose(model, CORPUS, readouts=False, batch_size=size) for size in (8, batch_size))
+    xr.testing.assert_allclose(other.data.drop_attrs(), one.data.drop_attrs(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_seed_draws_the_start():
+    """The same seed is the same diagnosis, to the bit and with readouts; another one moves every measure of it.
+
+    A model that starts from its embedding has nothing to draw: only the fits know the seed.
+    """
+    model = make_readable(**HUGINN)
+    first, again, other = (diagnose(model, CORPUS, seed=seed) for seed in (3, 3, 4))
+    xr.testing.assert_identical(again.data, first.data)
+    assert first.provenance["seed"] == 3
+    for name in first.data:
+        assert not other.data[name].equals(first.data[name]), name
+    first, other = (diagnose(MODEL, CORPUS, seed=seed, readouts=False) for seed in (3, 4))
+    for name in first.data:
+        assert other.data[name].equals(first.data[name]), name
+
+
+# -- models that are not ours -----------------------------------------------------------------------
+
+
+def foreign(record, model=MODEL, **changes):
+    """A foreign model around a model of ours."""
+    settings = {"tokenizer": model.tokenizer, "trained_loops": model.cfg.n_loops, "n_ctx": model.cfg.n_ctx}
+    return ForeignModel(record, **(settings | changes))
+
+
+def captured(model, batch, n_loops):
+    """A run seen from outside: plain forward hooks of torch on the modules, not a hook point among them."""
+    with torch.no_grad():
+        outputs = []
+        first, last = model.blocks[0], model.blocks[-1]
+        handles = [
+            first.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0])),
+            last.register_forward_hook(lambda module, inputs, output: outputs.append(output[0])),
+        ]
+        model(batch.input_ids, batch.attention_mask, n_loops=n_loops)
+        for handle in handles:
+            handle.remove()
+        states = outputs[1::2]
+        return LoopTrace.from_states(
+            outputs[0],
+            states,
+            model.unembed,
+            norm=model.ln_final,
+            input_ids=batch.input_ids,
+            mask=batch.attention_mask,
+            carry=[model.ln_final(state) for state in states],
+            offset=model.cfg.offset,
+        )
+
+
+@pytest.mark.parametrize("kind", ["plt", "ouro", "huginn", "everything"])
+def test_a_model_of_ours_as_a_foreign_one(kind):
+    """The same states, the same numbers to the bit, readouts and all; what is not known of it is null."""
+    model = make_readable(**KINDS[kind][0])
+    ours = diagnose(model, CORPUS, n_loops=4, seed=5)
+    theirs = diagnose(foreign(lambda batch, n: record(model, batch, n, seed=5), model), CORPUS, n_loops=4, seed=5)
+    xr.testing.assert_identical(theirs.data.drop_attrs(deep=False), ours.data.drop_attrs(deep=False))
+    unknown = {"weights_sha256": None, "config": None, "dtype": None, "device": None}
+    assert theirs.provenance == ours.provenance | unknown | {"model": "a model of another kind"}
+
+
+def test_states_captured_by_plain_hooks():
+    """Y, Z, norm, head and tokens are enough for every number of the model but the gate's, which states do not have."""
+    ours = diagnose(MODEL, CORPUS, n_loops=4)
+    theirs = diagnose(foreign(lambda batch, n: captured(MODEL, batch, n)), CORPUS, n_loops=4)
+    assert theirs.provenance["absent"] == ours.provenance["absent"] | {"gate_mean": NO_GATE}
+    expected = ours.data.drop_vars("gate_mean").drop_attrs(deep=False)
+    xr.testing.assert_identical(theirs.data.drop_attrs(deep=False), expected)
+
+
+class Toy(torch.nn.Module):
+    """An embedding, one linear map and tanh looped, a head: a looped model of three lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCABULARY, 8)
+        self.block = torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, VOCABULARY)
+
+    def forward(self, ids, n_loops):
+        h = self.embed(ids)
+        for _ in range(n_loops):
+            h = torch.tanh(self.block(h))
+        return self.head(h)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A toy with weights of its own, and how it is recorded: a forward hook on the block that loops."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Toy()
+
+    def run(batch, n_loops):
+        states = []
+        handle = net.block.register_forward_hook(lambda module, inputs, output: states.append(torch.tanh(output)))
+        with torch.no_grad():
+            net(batch.input_ids, n_loops)
+        handle.remove()
+        start, mask = net.embed(batch.input_ids).detach(), batch.attention_mask
+        return LoopTrace.from_states(start, states, net.head, input_ids=batch.input_ids, mask=mask)
+
+    return net, ForeignModel(run, word_tokenizer(), trained_loops=2, n_ctx=40, source="a toy")
+
+
+def test_a_toy_end_to_end(toy, tmp_path):
+    """From a plain module to both answers, the curve, the JSON and a file; what states cannot say is absent."""
+    net, model = toy
+    corpus = random_corpus(fit=8, report=12)
+    corpus = replace(corpus, report=tuple(replace(d, source=d.name) for d in corpus.report))
+    made = diagnose(model, corpus, n_loops=4)
+    about = made.provenance
+    expected = {"model": "a toy", "trained_loops": 2, "run_loops": 4, "max_tokens": 40, "config": None}
+    assert {key: about[key] for key in expected} == expected
+    assert about["absent"] == {name: why for part in KINDS["plain"][1] for name, why in WITHOUT[part].items()}
+    for index, document in enumerate(corpus.report):  # the loss of the module itself. Measured: 5e-7
+        ids = torch.tensor([model.tokenizer(document.text)["input_ids"]])
+        for loops in (1, 4):
+            with torch.no_grad():
+                loss = torch.nn.functional.cross_entropy(net(ids, loops)[0, :-1], ids[0, 1:]).item()
+            assert made.data["nll_exit"][index, loops].item() == pytest.approx(loss, abs=1e-5)
+    recommendation = recommend(made)
+    assert set(recommendation.support) == {1, 2, 3, 4}
+    assert "Run a toy (trained with 2)" in str(recommendation)
+    curve = gain_cost(made)
+    assert (curve.model, curve.trained_loops, curve.documents) == ("a toy", 2, 12)
+    told = json.loads(dumps(answer(made, recommendation)))
+    assert [row["extrapolated"] for row in told["loops"]] == [False, False, True, True]
+    assert told["provenance"]["weights_sha256"] is None
+    made.save(tmp_path / "toy.nc")
+    again = Diagnosis.load(tmp_path / "toy.nc")
+    xr.testing.assert_identical(again.data, made.data)
+    assert answer(again, recommend(again)) == answer(made, recommendation)
+
+
+def test_figures_of_a_toy(toy):
+    """Every figure can be drawn of a model whose configuration is not known."""
+    import matplotlib.pyplot as plt
+
+    made = diagnose(toy[1], CORPUS, readouts=False)
+    plt.switch_backend("agg")
+    try:
+        plots.hidden_states(made)
+    finally:
+        plt.close("all")
+
+
+def test_how_many_loops_unless_told(toy):
+    """The trained number, as for a model of ours; and the documents that its context allows."""
+    assert diagnose(toy[1], CORPUS, readouts=False).loops.tolist() == [1, 2]
+    short = replace(toy[1], n_ctx=20)
+    assert diagnose(short, CORPUS, readouts=False).provenance["max_tokens"] == 20
+    # A model may be made for far more than a batch of documents should hold: then at most 2,048 unless told.
+    long = replace(short, n_ctx=10**6)
+    assert diagnose(long, CORPUS, readouts=False).provenance["max_tokens"] == 2048
+    assert diagnose(long, CORPUS, readouts=False, max_tokens=5000).provenance["max_tokens"] == 5000
+    with pytest.raises(DiagnosisError, match="max_tokens = 21 is beyond this model, which was made for 20"):
+        diagnose(short, CORPUS, max_tokens=21)
+    with pytest.raises(DiagnosisError, match="no tokenizer"):
+        diagnose(replace(short, tokenizer=None), CORPUS)
+    for loops in (0, -1, True, 2.0, "2"):
+        with pytest.raises(ValueError, match=r"n_loops = .* is not allowed: it must be an integer >= 1"):
+            diagnose(short, CORPUS, n_loops=loops)
+
+
+@pytest.fixture(scope="module")
+def headless(toy):
+    """A diagnosis of states alone."""
+
+    def run(batch, n_loops):
+        return replace(toy[1].record(batch, n_loops), head=None)
+
+    return diagnose(replace(toy[1], record=run), CORPUS, readouts=False)
+
+
+def test_states_alone_are_measured(headless):
+    """Motion and rank need no predictions; each of those is absent with the reason."""
+    assert set(headless.data) == {
+        *("step_size", "relative_step", "state_cosine", "cos_update", "cos_reference"),
+        *("effective_rank", "effective_rank_centred"),
+    }
+    absent = headless.provenance["absent"]
+    assert set(absent) == set(DEFINITIONS) - set(headless.data)
+    assert {name: absent[name] for name in PREDICTIONS} == dict.fromkeys(PREDICTIONS, NO_PREDICTIONS)
+
+
+def test_without_predictions_there_is_nothing_to_recommend(headless):
+    """Refused with the model and the reason, as wrong input, by all that rests on the NLL."""
+    for of in (recommend, gain_cost, lambda made: loop_rows(made, 0)):
+        with pytest.raises(InputError, match=rf"diagnosis of a toy has no nll_exit: {NO_PREDICTIONS}"):
+            of(headless)
+
+
+def test_states_alone_cannot_be_read_out(toy):
+    """Readouts are asked for by default: the message says what is missing."""
+
+    def run(batch, n_loops):
+        return replace(toy[1].record(batch, n_loops), head=None)
+
+    with pytest.raises(ValueError, match="Readouts need head and tokens"):
+        diagnose(replace(toy[1], record=run), CORPUS)
+
+
+def test_states_of_a_coda_alone(toy):
+    """Left out is said to be left out, for the lens, too."""
+
+    def run(batch, n_loops):
+        trace = toy[1].record(batch, n_loops)
+        return replace(trace, head=None, coda=trace.raw)
+
+    made = diagnose(replace(toy[1], record=run), CORPUS, readouts=False)
+    assert made.provenance["absent"]["nll_lens"] == NO_PREDICTIONS
 
 
 # -- documents --------------------------------------------------------------------------------------

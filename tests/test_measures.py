@@ -24,7 +24,7 @@ from loopdiag.measures.attention import gate_mean
 from loopdiag.measures.diversity import document_rank, effective_rank
 from loopdiag.measures.motion import cos_reference, cos_update, relative_step, state_cosine, step_size
 from loopdiag.measures.offset import omega, omega_random, omega_relative
-from loopdiag.measures.prediction import exits
+from loopdiag.measures.prediction import exit_probability, exits, lens
 from loopdiag.trace import record
 
 NAN, LOG2 = float("nan"), math.log(2)
@@ -105,6 +105,14 @@ def test_rank_of_states_by_hand():
     assert_same(effective_rank(torch.diag(torch.tensor([3.0, 1.0]))).item(), 4 / 3**0.75, 1e-14)
 
 
+def test_rank_with_a_coda_by_hand():
+    """The rank stays on N(Y), here of one direction and of two, whatever the coda makes of it."""
+    one, other, third = torch.eye(3).tolist()
+    states = torch.tensor([[one, one, one], [one, other, one]])[:, None]
+    trace = trace_of(states[:, :, :2], coda=torch.tensor([[[one, other]], [[third, third]]]), norm=lambda y: 2 * y)
+    assert_same(document_rank(trace, 2), rows([1, 2]), 1e-14)
+
+
 def test_rank_of_a_document_by_hand():
     """On N(Y) of the first tokens, NaN where a document has fewer; three equal directions less their mean are two."""
     one, other, third = torch.eye(3).tolist()
@@ -152,11 +160,44 @@ def test_gates_by_hand():
         gate_mean(trace)
 
 
+def test_exit_probability_by_hand():
+    """Two tokens of three loops: leave with 1/2, then half of the rest, then what is left; and never before the last.
+
+    The probability once at the last loop does not count, since there is nowhere else to go.
+    """
+    first, second = [NAN, 1 / 2, 1 / 2, 0.9], [NAN, 0, 0, 0]
+    leave = rows(first, second).T[:, None]
+    trace = replace(random_trace(spans=((0, 2),)), leave=leave)
+    assert_same(exit_probability(trace), rows([NAN, 1 / 4, 1 / 8, 5 / 8]), 1e-15)
+    for token, alone in enumerate(([NAN, 1 / 2, 1 / 4, 1 / 4], [NAN, 0, 0, 1])):
+        kept = torch.arange(2) == token
+        assert_same(exit_probability(replace(trace, mask=kept[None])), rows(alone), 1e-15)
+    certain = replace(trace, leave=rows([NAN] * 2, [1, 1], [0.5, 0.5], [0.5, 0.5])[:, None])
+    assert_same(exit_probability(certain), rows([NAN, 1, 0, 0]))
+
+
+def test_no_exit_gate_no_probability():
+    """Refused in words."""
+    with pytest.raises(ValueError, match="exit_probability: this model has no exit gate"):
+        exit_probability(random_trace())
+
+
+def test_lens_by_hand():
+    """The head on N(Y), whatever stands in the coda: the numbers of the exits above, one state further back."""
+    states = -LOG2 * states_of([[FIRST, SECOND, EVEN]] * 4)
+    ids = torch.tensor([[3, 1, 0, 1]])
+    trace = trace_of(states, input_ids=ids, head=lambda h: h, coda=states.flip(0))
+    assert_same(lens(trace)["nll_lens"], rows(EXITS_BY_HAND["nll_exit"]) * LOG2, 1e-15)
+    assert_same(exits(trace)["nll_exit"], rows(EXITS_BY_HAND["nll_exit"][::-1]) * LOG2, 1e-15)
+    assert set(lens(trace)) == {"nll_lens"}
+
+
+@pytest.mark.parametrize("of", [exits, lens])
 @pytest.mark.parametrize("given", [{"input_ids": torch.zeros(1, 3).long()}, {"head": torch.nn.Identity()}])
-def test_nothing_to_read_without_head_and_tokens(given):
+def test_nothing_to_read_without_head_and_tokens(given, of):
     """The message says what to give; tokens are never made up."""
     with pytest.raises(ValueError, match=r"lacks head or tokens.*head=, input_ids="):
-        exits(trace_of(torch.zeros(2, 1, 3, 4), **given))
+        of(trace_of(torch.zeros(2, 1, 3, 4), **given))
 
 
 # -- outside references -----------------------------------------------------------------------------
@@ -261,6 +302,34 @@ def test_exits_against_scipy_and_sklearn(name, first, value):
     assert_same(exits(trace)[name], expected, 1e-12)
 
 
+@pytest.mark.parametrize("coda", [False, True])
+def test_lens_against_scipy(coda):
+    """scipy's log_softmax of the head on N(Y), token by token, with a coda or without. Measured: 9e-16."""
+    trace = random_trace(coda=coda)
+    log_p = scipy.special.log_softmax(trace.head(trace.norm(trace.raw)).numpy(), axis=-1)
+    ids = trace.input_ids.tolist()
+    expected = token_by_token(trace, lambda r, d, i: -log_p[r, d, i, ids[d][i + 1]], 0, trace.predicts)
+    assert_same(lens(trace)["nll_lens"], expected, 1e-13)
+
+
+def test_exits_through_a_coda_against_scipy():
+    """Then the distributions are those of the head on N(coda). Measured: 9e-16."""
+    trace = random_trace(coda=True)
+    log_p = scipy.special.log_softmax(trace.head(trace.norm(trace.coda)).numpy(), axis=-1)
+    ids = trace.input_ids.tolist()
+    expected = token_by_token(trace, lambda r, d, i: -log_p[r, d, i, ids[d][i + 1]], 0, trace.predicts)
+    assert_same(exits(trace)["nll_exit"], expected, 1e-13)
+
+
+def test_exit_probability_against_numpy():
+    """p_r = leave_r * prod_{j<r} (1 - leave_j), the last loop what is left; mean over real tokens. Measured: 1e-16."""
+    trace = random_trace(exit_gate=True)
+    leave = trace.leave.numpy().copy()
+    leave[-1] = 1
+    expected = token_by_token(trace, lambda r, d, i: leave[r, d, i] * np.prod(1 - leave[1:r, d, i]), 1, trace.mask)
+    assert_same(exit_probability(trace), expected, 1e-14)
+
+
 def test_token_ranks_against_scipy():
     """The median of the next tokens' average ranks; logits are rounded so that many tie."""
     trace = random_trace()
@@ -289,6 +358,26 @@ def test_gain_less_cost_is_the_change_of_the_loss(seed):
     assert_same((values["gain"] - values["cost"])[:, 1:], nll[:, :-1] - nll[:, 1:], 1e-13)
     assert (values["gain"][:, 1:] >= 0).all()
     assert (values["cost"][:, 1:] >= 0).all()
+
+
+@given(seed=seeds)
+@calm
+def test_a_coda_that_changes_nothing(seed):
+    """Then the plain lens is the exit, to the bit, and every other measure is what it is without a coda."""
+    trace = random_trace(seed)
+    coda = replace(trace, coda=trace.raw)
+    assert_same(lens(coda)["nll_lens"], exits(coda)["nll_exit"])
+    assert_all_same(measure(coda, 5), measure(trace, 5) | lens(coda))
+
+
+@given(seed=seeds, n_loops=st.integers(1, 5))
+@calm
+def test_exit_probabilities_sum_to_one(seed, n_loops):
+    """Over loops 1..R, in every document, each of them between 0 and 1. Measured: 2e-16."""
+    p = exit_probability(random_trace(seed, n_loops=n_loops, exit_gate=True))
+    assert p[:, 0].isnan().all()
+    assert ((p[:, 1:] >= 0) & (p[:, 1:] <= 1)).all()
+    assert_same(p[:, 1:].sum(1), torch.ones(4).double(), 1e-14)
 
 
 @given(seed=seeds)
@@ -462,7 +551,15 @@ def test_too_few_tokens_for_a_reference():
 
 # -- padding, batches, precision --------------------------------------------------------------------
 
-MODELS = [make_model(), make_model(offset=2, memory="own", norm_between_loops=False)]
+# Everything that a Parallel Loop Transformer has not: a random start, layers before and after, an exit gate.
+HUGINN = {"initial_state": "random", "injection": "concat", "n_prelude": 1, "n_coda": 1, "norm_before_coda": True}
+HUGINN |= {"offset": 0, "memory": "own", "norms": "pre_post", "norm_between_loops": False, "exit_gate": True}
+MODELS = [
+    make_model(),
+    make_model(offset=2, memory="own", norm_between_loops=False),
+    make_model(**HUGINN),
+    make_model(n_coda=2, exit_gate=True),
+]
 CHUNK = 3  # tokens at which ranks are compared
 
 
@@ -470,10 +567,10 @@ def concatenated(parts):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-@pytest.mark.parametrize("model", MODELS, ids=["plt", "own"])
+@pytest.mark.parametrize("model", MODELS, ids=["plt", "own", "huginn", "everything"])
 @torch.no_grad()
 def test_padded_documents_get_the_numbers_they_get_alone(model):
-    """Every measure, padding on either side, documents too short for some. Measured: 4e-15."""
+    """Every measure, padding on either side, documents too short for some. Measured: 2e-14."""
     documents = token_lists(seed=3, lengths=(9, 2, 6, 3, 9, 4))
     together = measure(record(model, padded(documents, left=(1, 2))), CHUNK)
     alone = concatenated([measure(record(model, padded([document])), CHUNK) for document in documents])
@@ -495,21 +592,25 @@ def test_two_batches_equal_one(cut, seed):
 @torch.no_grad()
 def test_what_stands_on_padding_is_never_seen():
     """Not even a NaN there reaches a number: masked, not multiplied by zero."""
-    trace = record(MODELS[0], padded(token_lists(seed=4, lengths=(5, 8, 4)), left=(2,)))
+    trace = record(MODELS[3], padded(token_lists(seed=4, lengths=(5, 8, 4)), left=(2,)))
 
     real = trace.mask[..., None]
-    fields = {name: torch.where(real, getattr(trace, name), NAN) for name in ("raw", "carry", "readout", "gate")}
+    states = ("raw", "carry", "readout", "gate", "coda")
+    fields = {name: torch.where(real, getattr(trace, name), NAN) for name in states}
+    fields["leave"] = torch.where(trace.mask, trace.leave, NAN)
     assert_all_same(measure(replace(trace, **fields), CHUNK), measure(trace, CHUNK))
 
 
 @torch.no_grad()
 def test_each_name_is_its_measure():
-    """`measure` gives every number under its own name."""
-    trace = record(MODELS[0], padded(token_lists(seed=5, lengths=(6, 8))))
-    expected = {of.__name__: of(trace) for of in (*MOTION, *OFFSET, gate_mean)} | exits(trace)
+    """`measure` gives every number under its own name; of a model that has everything, all but the readouts."""
+    trace = record(MODELS[3], padded(token_lists(seed=5, lengths=(6, 8))))
+    expected = {of.__name__: of(trace) for of in (*MOTION, *OFFSET, gate_mean, exit_probability)}
+    expected |= exits(trace) | lens(trace)
     expected["effective_rank"] = document_rank(trace, CHUNK)
     expected["effective_rank_centred"] = document_rank(trace, CHUNK, centred=True)
     assert_all_same(measure(trace, CHUNK), expected)
+    assert set(expected) == set(DEFINITIONS) - {"nll_usable", "withheld"}
 
 
 @torch.no_grad()
@@ -522,6 +623,26 @@ def test_each_measure_reads_the_state_it_names():
         after = measure(replace(trace, **{field: states + noise if field != "gate" else states / 2}), CHUNK)
         changed = {name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())}
         assert changed == {name for name in before if DEFINITIONS[name][1] == state}
+
+
+@torch.no_grad()
+def test_what_each_measure_reads_with_a_coda():
+    """The exits read what leaves the coda; effective rank and the lens N(Y), and motion Y; the exit gate its own."""
+    trace = record(MODELS[3], padded(token_lists(seed=5, lengths=(6, 8))))
+    before, noise = measure(trace, CHUNK), torch.randn(trace.raw.shape, generator=torch.Generator().manual_seed(0))
+    of_y = {name for name, (_, state, _) in DEFINITIONS.items() if state == "Y"}
+    n_of_y = {"effective_rank", "effective_rank_centred", "nll_lens"}
+    for field, expected in (
+        ("raw", of_y | n_of_y),
+        ("carry", {of.__name__ for of in OFFSET}),
+        ("readout", set(exits(trace))),
+        ("coda", set()),  # its N is the readout; the translators read it
+        ("leave", {"exit_probability"}),
+    ):
+        states = getattr(trace, field)
+        after = measure(replace(trace, **{field: states / 2 if field == "leave" else states + noise}), CHUNK)
+        changed = {name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())}
+        assert changed == expected, field
 
 
 def test_loops_of_omega():
@@ -538,8 +659,10 @@ def test_loops_of_omega():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_left_before_any_arithmetic(dtype):
     """The numbers of half-precision states are those of the same states in float32, to the bit."""
-    half = random_trace(dtype=dtype)
-    fields = {name: getattr(half, name).float() for name in ("raw", "carry", "readout")}
+    half = random_trace(dtype=dtype, coda=True, exit_gate=True)
+    # N is the model's: what it gives in half precision is what is measured.
+    half = replace(half, norm=lambda y, norm=half.norm: norm(y.to(dtype)))
+    fields = {name: getattr(half, name).float() for name in ("raw", "carry", "readout", "coda", "leave")}
     gate = torch.rand(4, 2, *half.mask.shape, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     half = replace(half, gate=gate, head=lambda h, head=half.head: head(h.to(dtype)))
     single = replace(half, **fields, gate=gate.float(), head=lambda h, head=half.head: head(h).float())
@@ -550,7 +673,7 @@ def test_half_precision_is_left_before_any_arithmetic(dtype):
 
 def test_float64_stays():
     """Nothing is rounded to float32 on the way."""
-    trace = random_trace()
+    trace = random_trace(coda=True, exit_gate=True)
     values = measure(replace(trace, gate=torch.rand(4, 2, *trace.mask.shape, 3).double()), CHUNK)
     assert {name for name, value in values.items() if value.dtype != torch.float64} == set()
 
@@ -558,10 +681,10 @@ def test_float64_stays():
 @pytest.mark.parametrize("entries", [1, 60, 10**6])
 def test_blocks_of_the_vocabulary(entries, monkeypatch):
     """How many logits exist at a time changes no number."""
-    trace = random_trace()
-    whole = exits(trace)
+    trace = random_trace(coda=True)
+    whole = exits(trace) | lens(trace)
     monkeypatch.setattr("loopdiag.measures.prediction.LOGITS_AT_A_TIME", {"cpu": entries})
-    assert_all_same(exits(trace), whole, 1e-14)
+    assert_all_same(exits(trace) | lens(trace), whole, 1e-14)
 
 
 @pytest.mark.parametrize("of", [*MOTION, *OFFSET, *map(exit_values, EXITS_BY_HAND)])

@@ -53,6 +53,7 @@ def make(n_loops=4, *, trained=None, without=(), model="tiny", documents=12, spr
         "documents": documents,
         "rank_tokens": 256,
         "config": {"d_model": 128},
+        "absent": dict.fromkeys(without, "left out here"),
     }
     dataset = xr.Dataset(
         {name: (("document", "loop"), array) for name, array in values.items() if name not in without},
@@ -455,7 +456,7 @@ def test_draw_leaves_readability_out_without_readouts(tmp_path, monkeypatch):
 
 def test_a_figure_that_cannot_be_drawn_leaves_no_files(tmp_path):
     diagnosis = make(without=["nll_exit"])
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="diagnosis of tiny has no nll_exit: left out here"):
         plots.draw(diagnosis, recommend(make()), tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
 

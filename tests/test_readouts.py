@@ -139,6 +139,36 @@ def test_it_starts_at_the_models_own_exit(monkeypatch):
             assert_same(read, mean.expand_as(read), 1e-6)
 
 
+def test_with_a_coda_it_starts_at_the_models_own_exit(monkeypatch):
+    """Untrained, it changes nothing about what leaves the coda, and so nothing about the exit. Measured: 0."""
+    monkeypatch.setattr(readouts, "PASSES", 0)
+    trace = random_trace(dtype=torch.float32, coda=True)
+    untrained = fit_readouts(DOCUMENTS[:2], lambda documents: [trace])
+    for loop in range(4):
+        state = trace.coda[loop, trace.mask]
+        assert torch.equal(untrained.translators["exit", loop](trace.readout[loop, trace.mask], state), state)
+    assert_same(untrained.measure(trace)["nll_usable"], exits(trace)["nll_exit"], 1e-6)
+
+
+def test_with_a_coda_exits_are_read_behind_it():
+    """Translators stand where the head reads: fitted and measured as on a model whose Y is the coda's output.
+
+    What Y itself is has no say, nor has it where nothing can be read but behind the coda.
+    """
+    trace = planted_trace(0, documents=8)
+    behind = replace(trace, coda=trace.raw, raw=torch.zeros_like(trace.raw))
+    assert_all_same(fit_on(behind).measure(behind), fit_on(trace).measure(trace))
+    assert_all_same(fit_on(replace(behind, raw=trace.carry + 9)).measure(behind), fit_on(trace).measure(trace))
+
+
+def test_without_an_offset_nothing_is_fitted_on_carries():
+    """No carry is handed over, so there is no translator for one."""
+    trace = planted_trace(0)
+    assert {kind for kind, _ in fit_on(trace).translators} == {"exit", "carry", "shifted"}
+    without = fit_on(replace(trace, offset=0))
+    assert set(without.translators) == set(without.ridges) == {("exit", 0), ("exit", 1), ("exit", 2)}
+
+
 # -- the choice of the ridge ------------------------------------------------------------------------
 
 
@@ -239,10 +269,11 @@ def with_padding(trace, value):
 STATES = ("raw", "carry", "readout")
 
 
+@pytest.mark.parametrize("changes", [{}, {"n_coda": 1}], ids=["plt", "coda"])
 @torch.no_grad()
-def test_documents_get_the_numbers_they_get_alone(monkeypatch):
+def test_documents_get_the_numbers_they_get_alone(changes, monkeypatch):
     """Measured with fitted readouts, padding and neighbours do not matter, nor how many tokens are read at a time."""
-    model = make_model(dtype=torch.float32)
+    model = make_model(dtype=torch.float32, **changes)
     documents = token_lists(seed=3, lengths=(9, 2, 6))
     together = record(model, padded(documents, left=(2,)))
     fitted = fit_on(together)

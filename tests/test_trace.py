@@ -4,7 +4,7 @@ import pytest
 import torch
 from plain_looped import norm, plain_run
 from test_decoder import CONFIGS, make_model
-from tiny import assert_same, padded, token_lists
+from tiny import assert_same, padded, token_lists, trace_of
 
 from loopdiag.corpus import Batch
 from loopdiag.trace import LoopTrace, record
@@ -105,55 +105,192 @@ def test_which_tokens_predict():
     """Those whose right neighbour is real; a document's last token has no next one, nor has the end of the row."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0] * 4])
     predicts = [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0] * 4, [0] * 4, [0] * 4]
-    trace = LoopTrace.from_states(torch.zeros(2, 7, 4, 3), mask=mask)
+    trace = trace_of(torch.zeros(2, 7, 4, 3), mask=mask)
     assert trace.predicts.dtype == torch.bool
     assert trace.predicts.tolist() == torch.tensor(predicts).bool().tolist()
 
 
+# -- with a coda, an exit gate, a random start ---------------------------------------------------------
+
+CODA = {"n_coda": 1, "offset": 0, "memory": "own", "norm_between_loops": False}
+HUGINN = CODA | {"n_prelude": 1, "initial_state": "random", "injection": "concat", "norm_before_coda": True}
+
+
+# Measured: 0.
+@pytest.mark.parametrize("changes", [CODA, CODA | {"norm_between_loops": True}, HUGINN, {"n_coda": 2}])
+@torch.no_grad()
+def test_an_exit_through_a_coda_is_a_shorter_run(changes):
+    """The readout is N of the coda's raw output, and the head on it gives the logits of a run of r loops.
+
+    Y stays what it is without the coda, and so does what the plain lens reads.
+    """
+    model, batch = make_model(**changes), padded(DOCUMENTS, left=(1,))
+    trace = record(model, batch)
+    assert trace.coda.shape == trace.raw.shape
+    assert trace.exit_state is trace.coda
+    real = trace.mask
+    for loop in range(1, 4):
+        logits = model(batch.input_ids, batch.attention_mask, n_loops=loop)
+        assert_same(trace.head(trace.readout[loop])[real], logits[real], 1e-12)
+    assert_same(model.ln_final(trace.coda), trace.readout)
+    assert_same(model.ln_final(trace.raw), trace.normed)
+    _, kept = model.run_with_cache(batch.input_ids, batch.attention_mask)
+    assert_same(trace.raw[3][real], kept["loops.3.hook_out_pre_norm"][real])
+    # Before any loop the coda reads what loop 1 starts from.
+    assert_same(trace.coda[0][real], model.coda_out(trace.raw[0], batch.attention_mask)[real], 1e-12)
+
+
+def test_without_a_coda_the_readout_is_n_of_y():
+    """Then the lens and the exit are one: nothing is computed or kept twice."""
+    trace = record(make_model(), padded(DOCUMENTS))
+    assert trace.coda is None
+    assert trace.normed is trace.readout
+    assert trace.exit_state is trace.raw
+
+
+def test_what_loop_1_starts_from():
+    """State 0 is the embedding, what the prelude makes of it, or the random initial state; the same for Y and Z."""
+    batch = padded(DOCUMENTS, left=(1,))
+    for changes, point in (
+        ({}, "hook_embed"),
+        ({"n_prelude": 1}, "prelude.hook_out"),
+        (HUGINN, "hook_initial_state"),
+    ):
+        model = make_model(**changes)
+        _, kept = model.run_with_cache(batch.input_ids, batch.attention_mask)
+        trace = record(model, batch)
+        assert_same(trace.raw[0], kept[point])
+        assert_same(trace.carry[0], kept[point])
+
+
+def test_the_seed_is_that_of_the_initial_state():
+    """The same seed, the same trace; another seed moves every state, and nothing where there is no random start."""
+    batch = padded(DOCUMENTS)
+    for changes, moved in ((HUGINN, True), ({}, False)):
+        first, again, other = (record(make_model(**changes), batch, seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(first.raw, again.raw)
+        assert torch.equal(first.raw, record(make_model(**changes), batch).raw)
+        assert bool((first.raw != other.raw).any((1, 2, 3)).all()) is moved
+
+
+def test_what_the_exit_gate_says():
+    """The probability of leaving once there: sigmoid of a linear map of N(Y_r); NaN before any loop."""
+    model, batch = make_model(exit_gate=True), padded(DOCUMENTS, left=(1,))
+    trace = record(model, batch, 4)
+    assert trace.leave.shape == (5, *trace.mask.shape)
+    assert trace.leave[0].isnan().all()
+    by_hand = 1 / (1 + torch.exp(-(trace.normed[1:] @ model.exit_gate.weight[0] + model.exit_gate.bias)))
+    assert_same(trace.leave[1:], by_hand, 1e-14)  # measured: 1e-16
+    assert record(make_model(), batch).leave is None
+
+
+def test_the_exit_gate_reads_past_the_coda():
+    """It stands at the loop and not at the head."""
+    model, batch = make_model(exit_gate=True, n_coda=1), padded(DOCUMENTS)
+    trace = record(model, batch)
+    assert_same(trace.leave[1:], torch.sigmoid(model.exit_gate(model.ln_final(trace.raw[1:]))).squeeze(-1), 1e-14)
+
+
+# -- states from elsewhere -----------------------------------------------------------------------------
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def test_from_states_alone():
-    """States are all that a foreign model must give: then nothing is padding, Z is Y, N the identity."""
-    states = torch.randn(4, 2, 5, 3, generator=torch.Generator().manual_seed(0))
-    trace = LoopTrace.from_states(states)
+    """States are all that a foreign model must give: then nothing is padding, Z is Y, N the identity, no coda."""
+    embed, states = drawn(2, 5, 3), drawn(3, 2, 5, 3, seed=1)
+    trace = LoopTrace.from_states(embed, states)
     assert trace.n_loops == 3
     assert trace.offset == 0
-    assert trace.raw is trace.carry is states
-    assert torch.equal(trace.readout, states)
+    assert torch.equal(trace.raw, torch.cat((embed[None], states)))
+    assert trace.carry is trace.raw
+    assert torch.equal(trace.readout, trace.raw)
     assert trace.mask.dtype == torch.bool
     assert trace.mask.all()
     assert trace.mask.shape == (2, 5)
-    assert trace.input_ids is trace.head is trace.gate is None
+    assert trace.input_ids is trace.head is trace.gate is trace.coda is trace.leave is None
+    assert not trace.readable
+    assert repr(trace) == "LoopTrace of 3 loops: 2 documents of up to 5 tokens, width 3"
 
 
 def test_from_states_with_everything():
     """Each argument arrives where it belongs; the norm makes N(Y) of Y and not of Z."""
-    states, carry = torch.randn(2, 3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    embed, states, carry = drawn(2, 5, 4), drawn(2, 2, 5, 4, seed=1), drawn(2, 2, 5, 4, seed=2)
     ids, mask = torch.arange(10).reshape(2, 5), torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
     norm, head = torch.nn.RMSNorm(4, elementwise_affine=False), torch.nn.Linear(4, 10)
-    trace = LoopTrace.from_states(states, input_ids=ids, mask=mask, carry=carry, norm=norm, head=head, offset=2)
-    assert trace.raw is states
-    assert trace.carry is carry
-    assert torch.equal(trace.readout, norm(states))
+    trace = LoopTrace.from_states(embed, states, head, input_ids=ids, mask=mask, carry=carry, norm=norm, offset=2)
+    assert torch.equal(trace.raw, torch.cat((embed[None], states)))
+    assert torch.equal(trace.carry, torch.cat((embed[None], carry)))
+    assert torch.equal(trace.readout, norm(trace.raw))
+    assert trace.normed is trace.readout
     assert trace.norm is norm
     assert trace.head is head
     assert trace.offset == 2
     assert torch.equal(trace.input_ids, ids)
     assert torch.equal(trace.mask, mask == 1)
+    assert trace.readable
+
+
+def test_from_states_with_a_coda():
+    """Its raw output has a state for loop 0, too; the readout is N of it, and N(Y) stays that of Y."""
+    embed, states, coda = drawn(2, 5, 4), drawn(2, 2, 5, 4, seed=1), drawn(3, 2, 5, 4, seed=2)
+    norm = torch.nn.RMSNorm(4, elementwise_affine=False)
+    trace = LoopTrace.from_states(embed, states, norm=norm, coda=coda)
+    assert trace.coda is trace.exit_state is coda
+    assert torch.equal(trace.readout, norm(coda))
+    assert torch.equal(trace.normed, norm(trace.raw))
+    assert torch.equal(trace.raw, trace.carry)
+
+
+def test_states_one_by_one_or_stacked():
+    """A list of tensors, as hooks leave them, or one tensor: the same trace."""
+    embed, states, coda = drawn(2, 5, 4), drawn(2, 2, 5, 4, seed=1), drawn(3, 2, 5, 4, seed=2)
+    stacked = LoopTrace.from_states(embed, states, carry=states + 1, coda=coda)
+    listed = LoopTrace.from_states(embed, list(states), carry=tuple(states + 1), coda=list(coda))
+    for name in ("raw", "carry", "readout", "coda"):
+        assert torch.equal(getattr(listed, name), getattr(stacked, name)), name
 
 
 @pytest.mark.parametrize(
-    ("shape", "given", "message"),
+    ("given", "readable"), [({}, False), ({"head": True}, False), ({"input_ids": True}, False), (None, True)]
+)
+def test_predictions_need_head_and_tokens(given, readable):
+    """Either alone cannot tell what the next token was thought to be."""
+    both = {"head": torch.nn.Identity(), "input_ids": torch.zeros(2, 5).long()}
+    chosen = both if given is None else {name: both[name] for name in given}
+    assert LoopTrace.from_states(drawn(2, 5, 3), drawn(3, 2, 5, 3), **chosen).readable is readable
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
     [
-        ((4, 2, 5), {}, r"states has shape \(4, 2, 5\)"),
-        ((4, 2, 5, 3, 1), {}, r"states has shape \(4, 2, 5, 3, 1\)"),
-        ((1, 2, 5, 3), {}, r"states has shape \(1, 2, 5, 3\).*at least one loop"),
-        ((0, 2, 5, 3), {}, r"states has shape \(0, 2, 5, 3\)"),
-        ((4, 2, 5, 3), {"input_ids": (2, 4)}, r"input_ids has shape \(2, 4\).*must be \(2, 5\)"),
-        ((4, 2, 5, 3), {"mask": (5, 2)}, r"mask has shape \(5, 2\).*must be \(2, 5\)"),
-        ((4, 2, 5, 3), {"mask": (5,)}, r"mask has shape \(5,\)"),
-        ((4, 2, 5, 3), {"carry": (3, 2, 5, 3)}, r"carry has shape \(3, 2, 5, 3\).*must be \(4, 2, 5, 3\)"),
+        ({"embed": torch.zeros(2, 5)}, r"embed has shape \(2, 5\).*must be \[document, pos, d_model\]"),
+        ({"embed": torch.zeros(1, 2, 5, 3)}, r"embed has shape \(1, 2, 5, 3\)"),
+        ({"embed": [[[0.0]]]}, "embed holds a list: it must be a torch tensor"),
+        ({"states": torch.zeros(0, 2, 5, 3)}, "states is empty.*at least one"),
+        ({"states": []}, "states is empty"),
+        ({"states": torch.zeros(4, 2, 5)}, r"states has states of shape \(2, 5\): they must be \(2, 5, 3\)"),
+        ({"states": torch.zeros(4, 2, 6, 3)}, r"states has states of shape \(2, 6, 3\)"),
+        ({"states": [torch.zeros(2, 5, 3), torch.zeros(2, 4, 3)]}, r"states has states of shape \(2, 4, 3\)"),
+        (
+            {"states": [torch.zeros(2, 5, 3), (torch.zeros(2, 5, 3),)]},
+            "states holds a tuple: it must be a torch tensor",
+        ),
+        ({"input_ids": torch.zeros(2, 4).long()}, r"input_ids has shape \(2, 4\).*must be \(2, 5\)"),
+        ({"mask": torch.zeros(5, 2)}, r"mask has shape \(5, 2\).*must be \(2, 5\)"),
+        ({"mask": torch.zeros(5)}, r"mask has shape \(5,\)"),
+        ({"carry": torch.zeros(3, 2, 5, 3)}, "carry is of 3 loops: with these states it must be of 4"),
+        ({"carry": torch.zeros(5, 2, 5, 3)}, "carry is of 5 loops: with these states it must be of 4"),
+        ({"carry": torch.zeros(4, 2, 5, 2)}, r"carry has states of shape \(2, 5, 2\)"),
+        ({"coda": torch.zeros(4, 2, 5, 3)}, "coda is of 4 loops: with these states it must be of 5"),
+        ({"coda": torch.zeros(5, 1, 5, 3)}, r"coda has states of shape \(1, 5, 3\)"),
+        ({"offset": -1}, "offset = -1 is not allowed"),
+        ({"offset": 0.5}, "offset = 0.5 is not allowed: it must be an integer >= 0"),
     ],
 )
-def test_states_that_do_not_belong_together(shape, given, message):
+def test_states_that_do_not_belong_together(given, message):
     """Given and allowed shape in the message, before any number is made of them."""
     with pytest.raises(ValueError, match=message):
-        LoopTrace.from_states(torch.zeros(shape), **{name: torch.zeros(size) for name, size in given.items()})
+        LoopTrace.from_states(**{"embed": torch.zeros(2, 5, 3), "states": torch.zeros(4, 2, 5, 3)} | given)

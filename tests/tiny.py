@@ -1,5 +1,7 @@
 """Tiny documents, batches, traces and corpora for the tests of numbers. Models: `test_decoder.make_model`."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -35,8 +37,21 @@ def trace_of(states, carry=None, **parts):
     return LoopTrace.from_states(states[0], states[1:], carry=None if carry is None else carry[1:], **parts)
 
 
-def random_trace(seed=0, *, n_loops=3, spans=((0, 9), (2, 9), (0, 5), (3, 8)), width=6, dtype=torch.float64, offset=1):
-    """A trace without a model: random states, Y, Z and N(Y) all different, padding on every side, seven tokens."""
+def random_trace(
+    seed=0,
+    *,
+    n_loops=3,
+    spans=((0, 9), (2, 9), (0, 5), (3, 8)),
+    width=6,
+    dtype=torch.float64,
+    offset=1,
+    coda=False,
+    exit_gate=False,
+):
+    """A trace without a model: random states, Y, Z and N(Y) all different, padding on every side, seven tokens.
+
+    With a coda, its output is one more random state, whatever it read.
+    """
     generator = torch.Generator().manual_seed(seed)
     length = max(end for _, end in spans)
     mask = torch.zeros(len(spans), length, dtype=torch.bool)
@@ -47,7 +62,7 @@ def random_trace(seed=0, *, n_loops=3, spans=((0, 9), (2, 9), (0, 5), (3, 8)), w
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     weight, unembedding = 1 + 0.3 * draw(width), draw(7, width)
-    return trace_of(
+    trace = trace_of(
         draw(n_loops + 1, *mask.shape, width),
         input_ids=torch.randint(7, mask.shape, generator=generator),
         mask=mask,
@@ -55,7 +70,13 @@ def random_trace(seed=0, *, n_loops=3, spans=((0, 9), (2, 9), (0, 5), (3, 8)), w
         norm=lambda y: torch.nn.functional.rms_norm(y, (width,), weight, 1e-5),
         head=lambda h: h @ unembedding.T,
         offset=offset,
+        coda=draw(n_loops + 1, *mask.shape, width) if coda else None,
     )
+    if not exit_gate:
+        return trace
+    leave = torch.rand(n_loops + 1, *mask.shape, generator=generator, dtype=torch.float64).to(dtype)
+    leave[0] = float("nan")
+    return replace(trace, leave=leave)
 
 
 def word_tokenizer():

@@ -14,6 +14,7 @@ from rich.table import Table
 from loopdiag.cli.options import (
     BUNDLED_DATA,
     DEFAULT_MODEL,
+    LARGEST_SEED,
     MOST_LOOPS,
     BatchOption,
     DataOption,
@@ -214,7 +215,7 @@ def generate(
     with reported_errors():
         in_range("--loops", loops, 1, MOST_LOOPS)
         in_range("--max-new-tokens", max_new_tokens, 1)
-        in_range("--seed", seed, 0)
+        in_range("--seed", seed, 0, LARGEST_SEED)
         if not 0 <= temperature < math.inf:
             raise InputError(f"--temperature {temperature} is out of range: allowed is a number >= 0.")
         if not 0 < top_p <= 1:

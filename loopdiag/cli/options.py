@@ -11,6 +11,7 @@ import typer
 from loopdiag.errors import InputError
 
 MOST_LOOPS = 64
+LARGEST_SEED = 2**32 - 1
 DEFAULT_MODEL, BUNDLED_DATA = "tiny-plt-4", "bundled"
 
 

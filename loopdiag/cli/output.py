@@ -237,6 +237,6 @@ def print_info(model: str, told: dict[str, Any]) -> None:
 def _short(number: float, base: int, units: tuple[str, ...]) -> str:
     """Three digits and a unit."""
     power = 0
-    while number >= base and power < len(units) - 1:
+    while float(f"{number:.3g}") >= base and power < len(units) - 1:
         number, power = number / base, power + 1
-    return f"{number:.3g}{units[power]}" if number < 1000 else f"{number:.0f}{units[power]}"
+    return (f"{number:.0f}" if number >= 999.5 else f"{number:.3g}") + units[power]

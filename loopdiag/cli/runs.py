@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopdiag.cli.options import BUNDLED_DATA, MOST_LOOPS, Device, Dtype, in_range
+from loopdiag.cli.options import BUNDLED_DATA, LARGEST_SEED, MOST_LOOPS, Device, Dtype, in_range
 from loopdiag.cli.output import print_notes, progress_bars, stderr
 from loopdiag.errors import InputError
 
@@ -64,7 +64,7 @@ class Run:
         in_range("--max-tokens", self.max_tokens, 16)
         in_range("--loops", self.loops, 1, MOST_LOOPS)
         in_range("--batch-size", self.batch_size, 1)
-        in_range("--seed", self.seed, 0)
+        in_range("--seed", self.seed, 0, LARGEST_SEED)
         model = self.checkpoint.model
         if Path(model).is_file():
             return self._saved()

@@ -310,20 +310,20 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
+    # tokenizer.json says everything by itself. Classes of AutoTokenizer may cut text by a rule of their own instead.
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             # It looks at config.json, too, and warns that it does not know the model, which it need not.
             warnings.simplefilter("ignore")
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds: files that are damaged, unknown, or ask for code of the checkpoint
-        if (folder / "tokenizer.json").is_file():  # says everything by itself
-            try:
-                return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            except Exception as damage:
-                raise LoadError(f"{folder / 'tokenizer.json'} is damaged: {type(damage).__name__}: {damage}.") from None
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no reason given')}"
+        if kind is PreTrainedTokenizerFast:
+            raise LoadError(f"{folder}: the tokenizer's files are damaged: {reason}") from None
         warnings.warn(f"{folder}: no tokenizer without running code of the checkpoint: {reason}", stacklevel=3)
         return None
     finally:

@@ -49,6 +49,9 @@ def save(model: LoopedLM, folder: str | os.PathLike[str], dtype: torch.dtype | s
     target.mkdir(parents=True, exist_ok=True)
     with whole(target / WEIGHTS) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
+    if (target / "generation_config.json").exists():  # it would go before config.json, with another model's stop tokens
+        with whole(target / "generation_config.json") as partial:
+            partial.write_text(json.dumps({"eos_token_id": list(model.stop_tokens) or None}) + "\n")
     with whole(target / "config.json") as partial:
         partial.write_text(json.dumps(keys, indent=2) + "\n")
     if model.tokenizer is not None:

@@ -107,7 +107,7 @@ def hidden_states(diagnosis: Diagnosis, *, axes: np.ndarray | None = None) -> np
         message(turn, "one loop: no successive updates")
 
     tokens = about["rank_tokens"]
-    ceiling = min(tokens, about["config"].get("d_model", tokens))
+    ceiling = min(tokens, (about["config"] or {}).get("d_model", tokens))
     rank.set_ylabel(f"effective rank of {tokens} tokens\n(directions, at most {ceiling})")
     line(rank, *band(diagnosis, "effective_rank"), label="raw", **FIRST)
     line(rank, *band(diagnosis, "effective_rank_centred"), label="centred", **SECOND)

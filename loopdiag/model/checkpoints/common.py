@@ -31,6 +31,29 @@ LLAMA_BUILT: dict[str, tuple[Any, ...]] = {
 }
 
 
+def kept(keys: Keys, name: str, kind: type | tuple[type, ...], allowed: str) -> Any:
+    """A value that must be of a kind.
+
+    Raises:
+        KeyError: It is missing.
+        ValueError: It is of another kind.
+    """
+    if not isinstance(keys[name], kind):
+        raise ValueError(f"{name} = {keys[name]!r} is not allowed: it must be {allowed}.")
+    return keys[name]
+
+
+def number(keys: Keys, name: str) -> float:
+    """A number, refused as in `kept`."""
+    return float(kept(keys, name, (int, float), "a number"))
+
+
+ROPE_KEYS = {
+    *("rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+}
+
+
 def refuse_unbuilt(keys: Keys, built: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse settings that this toolkit does not build.
 
@@ -49,11 +72,14 @@ def rotary(keys: Keys) -> dict[str, Any]:
         KeyError: No base.
         ValueError: A scaling other than that of Llama 3.
     """
-    given = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
+    name = "rope_parameters" if keys.get("rope_parameters") else "rope_scaling"
+    given = kept(keys, name, dict, "an object, or null") if keys.get(name) else {}
+    if unknown := sorted(set(given) - ROPE_KEYS) + sorted(set(keys) & {"partial_rotary_factor"}):
+        raise ValueError(f"{name}: {', '.join(unknown)} are not built: allowed are {', '.join(sorted(ROPE_KEYS))}.")
     kind = given.get("rope_type", given.get("type", "default"))
-    base: Any = given.get("rope_theta") or keys["rope_theta"]
+    base = number(given if given.get("rope_theta") else keys, "rope_theta")
     if kind == "default":
-        return {"rope_base": float(base)}
+        return {"rope_base": base}
     if kind != "llama3":
         raise ValueError(f"rope_scaling of type {kind!r} is not built: allowed are none, 'default' and 'llama3'.")
     scaling = RopeScaling(
@@ -62,7 +88,7 @@ def rotary(keys: Keys) -> dict[str, Any]:
         high_freq_factor=given["high_freq_factor"],
         original_n_ctx=given["original_max_position_embeddings"],
     )
-    return {"rope_base": float(base), "rope_scaling": scaling}
+    return {"rope_base": base, "rope_scaling": scaling}
 
 
 def llama_sizes(keys: Keys) -> dict[str, Any]:
@@ -73,14 +99,14 @@ def llama_sizes(keys: Keys) -> dict[str, Any]:
         ValueError: A setting that is not built.
     """
     refuse_unbuilt(keys, LLAMA_BUILT)
-    heads = keys["num_attention_heads"]
+    heads = kept(keys, "num_attention_heads", int, "an integer")
     return {
         "vocab_size": keys["vocab_size"],
         "d_model": keys["hidden_size"],
         "n_layers": keys["num_hidden_layers"],
         "n_heads": heads,
         "n_kv_heads": keys.get("num_key_value_heads") or heads,
-        "d_head": keys.get("head_dim") or keys["hidden_size"] // heads,
+        "d_head": keys.get("head_dim") or kept(keys, "hidden_size", int, "an integer") // max(1, heads),
         "d_mlp": keys["intermediate_size"],
         "n_ctx": keys["max_position_embeddings"],
         "norm_eps": keys["rms_norm_eps"],

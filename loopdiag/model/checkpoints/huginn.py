@@ -43,8 +43,11 @@ def sizes(keys: Keys) -> dict[str, Any]:
 
 def read_config(keys: Keys) -> LoopedConfig:
     """The configuration that a `config.json` of this family describes; see `checkpoints`."""
+    fitting = sizes(keys)
+    if keys["qk_bias"] and fitting["n_kv_heads"] != fitting["n_heads"]:
+        raise ValueError("num_key_value_heads and n_heads differ, which is not built with qk_bias.")
     return LoopedConfig(
-        **sizes(keys),
+        **fitting,
         n_ctx=keys["block_size"],
         embed_multiplier=math.sqrt(keys["n_embd"]),
         initial_state="random",

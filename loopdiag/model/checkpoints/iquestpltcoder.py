@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopdiag.model.checkpoints.common import Keys, Names, llama_names, llama_sizes
+from loopdiag.model.checkpoints.common import Keys, Names, llama_names, llama_sizes, number
 from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "iquestpltcoder"
@@ -41,17 +41,13 @@ def read_config(keys: Keys) -> LoopedConfig:
         n_loops=full["plt_num_loops"],
         offset=1,
         injection="add",
-        embed_scale=_one_if_null(full["plt_emb_scale"]),
-        carry_scale=_one_if_null(full["plt_hidden_scale"]),
+        embed_scale=1.0 if full["plt_emb_scale"] is None else number(full, "plt_emb_scale"),
+        carry_scale=1.0 if full["plt_hidden_scale"] is None else number(full, "plt_hidden_scale"),
         memory="first",
         window=left + 1,
         gate_input="hidden" if full["plt_gate_use_hidden_states"] else "query",
         norm_between_loops=full["plt_normalize_per_loop"],
     )
-
-
-def _one_if_null(scale: float | None) -> float:
-    return 1.0 if scale is None else float(scale)
 
 
 def write_config(cfg: LoopedConfig) -> dict[str, Any]:

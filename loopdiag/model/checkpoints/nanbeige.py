@@ -5,7 +5,7 @@ Its released code implements more than its released checkpoints use; what is not
 
 from __future__ import annotations
 
-from loopdiag.model.checkpoints.common import PLAIN_LOOPS, Keys, Names, llama_names, llama_sizes
+from loopdiag.model.checkpoints.common import PLAIN_LOOPS, Keys, Names, kept, llama_names, llama_sizes
 from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "nanbeige"
@@ -27,7 +27,7 @@ def read_config(keys: Keys) -> LoopedConfig:
         settings = ", ".join(f"{key} = {keys[key]!r}" for key in on)
         raise ValueError(f"{settings}: not built, since no released checkpoint uses it; allowed is off.")
     # The list of loss weights, one for every loop but the last, overrules the loop count.
-    weights = keys.get("loop_loss_weights") or []
+    weights = kept(keys, "loop_loss_weights", list, "a list") if keys.get("loop_loss_weights") else []
     return LoopedConfig(
         **llama_sizes({"head_dim": keys.get("kv_channels")} | dict(keys)),
         n_loops=len(weights) + 1 if weights else keys["num_loops"],

@@ -5,7 +5,7 @@ For models that no released layout can say, such as a Parallel Loop Transformer 
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from loopdiag.model.checkpoints.common import Keys
@@ -22,6 +22,9 @@ def read_config(keys: Keys) -> LoopedConfig:
     known = {field.name for field in fields(LoopedConfig)}
     if unknown := sorted(set(keys) - known - set(NOT_SETTINGS)):
         raise ValueError(f"unknown keys {unknown}: allowed are the fields of LoopedConfig.")
+    for field in fields(LoopedConfig):
+        if field.default is MISSING and field.name not in keys:
+            raise KeyError(field.name)
     settings = {key: value for key, value in keys.items() if key in known}
     if settings.get("rope_scaling"):
         settings["rope_scaling"] = RopeScaling(**settings["rope_scaling"])
