@@ -11,33 +11,52 @@ import pytest
 
 from loopdiag.corpus import Corpus
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = [
+    pytest.param(name, block, id=f"{name}-{index}")
+    for name, text in PAGES.items()
+    for index, block in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["use", "hooks"])
-def test_the_python_of_the_readme_runs(block, monkeypatch, capsys):
-    """Word for word, on 16 of the bundled documents."""
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_the_python_of_a_page_runs(page, block, monkeypatch, capsys, tmp_path):
+    """Word for word, on 16 of the bundled documents; what the page says that it prints, it prints."""
     matplotlib.use("Agg")
     from loopdiag import corpus
 
     whole: Corpus = corpus.bundled()
     monkeypatch.setattr(corpus, "bundled", lambda: whole.take(16))
+    monkeypatch.chdir(tmp_path)
     exec(block, {})
     plt.close("all")
+    printed = capsys.readouterr().out
     if "recommend" in block:
-        assert "with how many loops? Measured" in capsys.readouterr().out
+        assert "with how many loops? Measured" in printed
+    shown = re.search(re.escape(block) + r"```\n\n```text\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    if shown and page != "README.md":  # whose output is that of `make demo`
+        assert printed == shown[1]
 
 
-def test_every_file_the_readme_links_to_is_there():
+def test_there_are_pages_with_python():
+    """Not an empty list of blocks."""
+    assert {"README.md", "your_model.md", "transformer_lens.md"} <= {block.values[0] for block in BLOCKS}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_a_page_links_to_is_there(page):
     """No dead link inside the repository."""
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (Path(__file__).parents[1] / link).exists()] == []
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if "://" not in link]
+    assert [link for link in links if not (folder / link).exists()] == []
 
 
 def test_every_make_target_of_the_readme_exists():
     """The commands are the Makefile's."""
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"make ([a-z-]+)", README)) - {"and", "on"}
     assert {name for name in named if f"\n{name}:" not in makefile} == set()
