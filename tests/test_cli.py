@@ -583,7 +583,7 @@ def test_generate_beyond_the_context_is_noted(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([PROMPT, "--temperature", "-1"], "--temperature -1.0 is out of range: allowed is a number >= 0"),
+        ([PROMPT, "--temperature", "-1"], "--temperature -1.0 is out of range: allowed is 0, or a number from 1e-4 on"),
         ([PROMPT, "--temperature", "nan"], "--temperature nan is out of range"),
         ([PROMPT, "--top-p", "0"], "--top-p 0.0 is out of range: allowed is a number above 0, at most 1"),
         ([PROMPT, "--top-p", "1.1"], "--top-p 1.1 is out of range"),

@@ -218,18 +218,21 @@ def fail(x, hook):
 def test_a_failed_run_ends_a_past():
     """What is half written gives no numbers, whatever failed; a run that never began leaves the past as it was."""
     model = writer(**RANDOM_PLT)
-    for error, go_wrong in (
-        (RuntimeError, lambda past: model.run_with_hooks(IDS, past=past, fwd_hooks=[("loops.2.hook_in", fail)])),
-        (ValueError, lambda past: model(IDS, past=past, initial_state=torch.zeros(3))),
-    ):
-        past = Past()
-        with pytest.raises(error):
-            go_wrong(past)
-        with pytest.raises(ValueError, match="half written"):
-            model(IDS, past=past)
     past = Past()
-    for ids, settings in ((IDS.double(), {}), (IDS, {"n_loops": 0}), (IDS, {"return_type": "both"})):
-        with pytest.raises(ValueError, match=r"input_ids|n_loops|return_type"):
+    with pytest.raises(RuntimeError):
+        model.run_with_hooks(IDS, past=past, fwd_hooks=[("loops.2.hook_in", fail)])
+    with pytest.raises(ValueError, match="half written"):
+        model(IDS, past=past)
+    past = Past()
+    for ids, settings in (
+        (IDS.double(), {}),
+        (IDS + 10_000, {}),
+        (IDS, {"n_loops": 0}),
+        (IDS, {"return_type": "both"}),
+        (IDS, {"initial_state": torch.zeros(3)}),
+        (IDS, {"seed": -1}),
+    ):
+        with pytest.raises(ValueError, match=r"input_ids|n_loops|return_type|initial_state|seed"):
             model(ids, past=past, **settings)
     assert_same(model(IDS, past=past), model(IDS), 1e-10)
 

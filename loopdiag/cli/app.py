@@ -216,8 +216,8 @@ def generate(
         in_range("--loops", loops, 1, MOST_LOOPS)
         in_range("--max-new-tokens", max_new_tokens, 1)
         in_range("--seed", seed, 0, LARGEST_SEED)
-        if not 0 <= temperature < math.inf:
-            raise InputError(f"--temperature {temperature} is out of range: allowed is a number >= 0.")
+        if temperature and not 1e-4 <= temperature < math.inf:
+            raise InputError(f"--temperature {temperature} is out of range: allowed is 0, or a number from 1e-4 on.")
         if not 0 < top_p <= 1:
             raise InputError(f"--top-p {top_p} is out of range: allowed is a number above 0, at most 1.")
         net = Checkpoint(model, revision, offline, device, dtype).load(loops, quiet)

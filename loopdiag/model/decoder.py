@@ -108,6 +108,8 @@ class LoopedLM(HookedRootModule):
                     std = module.in_features**-0.5 * (into_stream if name.endswith(("o_proj", "down_proj")) else 1.0)
                 # Drawn on the CPU, so that a seed means the same weights on every device.
                 module.weight.copy_(std * torch.randn(module.weight.shape, generator=generator))
+        if self.rope_table is not None:
+            self.rope_table.fill(self.cfg)
 
     def ensure_loops(self, n_loops: int) -> None:
         """Grow the hook points to `n_loops` loops; more than trained is allowed.
@@ -161,14 +163,21 @@ class LoopedLM(HookedRootModule):
         mask = self._checked(input_ids, attention_mask)
         if return_type == "loss" and input_ids.shape[1] < 2:
             raise ValueError("return_type='loss' needs at least 2 tokens, one to predict from and one to predict.")
-        seen = self._seen(past, input_ids, mask, n_loops)
+        if past is not None and mask is not None:
+            raise ValueError("past goes with texts of one length: attention_mask must be all 1, or left out.")
+        seen = 0 if past is None else past.seen
+        self._check_length(seen + input_ids.shape[1])
         embedding = self.hook_embed(self._embedded(input_ids))
         layout = Layout.of(self.cfg, input_ids, mask, embedding.dtype, self.rope_table, seen)
+        carry = self._initial(embedding, layout, initial_state, seed)
+        if past is not None:
+            # Only now, when nothing else can be wrong with this run: a run that fails half-way spoils its past.
+            exits = [r for r in range(1, n_loops) if self.cfg.n_coda and self._hooks(r).reads_out()]
+            past.begin(len(input_ids), n_loops, exits)
         start = self._prelude(embedding, layout, past)
-        carry = self._initial(start, layout, initial_state, seed)
         memory: list[KeyValue | None] = [None] * self.cfg.n_layers
         for loop in range(1, n_loops + 1):
-            hooks: LoopHooks = self.loops[str(loop)]  # type: ignore[assignment]
+            hooks = self._hooks(loop)
             # A copy: hooks that edit in place must not reach the E that later loops inject.
             x = hooks.hook_in(start.clone() if carry is None else self._inject(start, carry, layout, past, loop))
             for layer, block in enumerate(self.blocks):
@@ -219,6 +228,7 @@ class LoopedLM(HookedRootModule):
         """
         if not self.cfg.n_coda:
             raise ValueError("coda_out: this model has no coda; its head reads ln_final of the last state.")
+        self._check_length(handed.shape[1])
         places = handed.new_zeros(handed.shape[:2], dtype=torch.long)
         layout = Layout.of(self.cfg, places, self._checked(places, attention_mask), handed.dtype, self.rope_table)
         return self._coda(handed, layout, self._silent_coda[0])
@@ -251,6 +261,7 @@ class LoopedLM(HookedRootModule):
                 f"threshold = {threshold} is not allowed: it must be a number > 0; from 1 on, none leaves early."
             )
         n_loops = self.cfg.n_loops if n_loops is None else n_loops
+        self.ensure_loops(n_loops)
         points = [
             f"loops.{loop}.{point}" for loop in range(1, n_loops + 1) for point in ("hook_exit_gate", "hook_readout")
         ]
@@ -294,24 +305,24 @@ class LoopedLM(HookedRootModule):
 
     def _exit(self, state: State, loop: int, layout: Layout, past: Past | None, silent: bool = False) -> State:
         """What the head reads after `loop`; `state` is what the coda reads, or without one N(Y)."""
-        hooks: LoopHooks = self.loops[str(loop)]  # type: ignore[assignment]
+        hooks = self._hooks(loop)
         if self.cfg.n_coda:
             coda = self._silent_coda[0] if silent else self.coda
             state = self.ln_final(hooks.hook_coda_out(self._coda(state, layout, coda, past, loop)))
         return hooks.hook_readout(state)
 
-    def _initial(self, start: State, layout: Layout, given: State | None, seed: int) -> State | None:
+    def _initial(self, embedding: State, layout: Layout, given: State | None, seed: int) -> State | None:
         """Z_0, or None where loop 1 starts from E."""
         if self.cfg.initial_state == "embedding":
             if given is not None:
                 raise ValueError("initial_state was given, but this model starts from its embedding.")
             return None
         if given is None:
-            given = random_state(self.cfg, layout.positions, seed).expand_as(start)
-        elif given.shape != start.shape:
-            raise ValueError(f"initial_state has shape {tuple(given.shape)}: it must be {tuple(start.shape)}.")
+            given = random_state(self.cfg, layout.positions, seed).expand_as(embedding)
+        elif given.shape != embedding.shape:
+            raise ValueError(f"initial_state has shape {tuple(given.shape)}: it must be {tuple(embedding.shape)}.")
         # A copy: hooks that edit in place must not reach the caller's tensor.
-        return self.hook_initial_state(given.to(start).clone())
+        return self.hook_initial_state(given.to(embedding).clone())
 
     def _inject(self, start: State, carry: State, layout: Layout, past: Past | None, loop: int) -> State:
         """B_r of Z_{r-1}."""
@@ -324,21 +335,12 @@ class LoopedLM(HookedRootModule):
             return self.adapter(torch.cat((shifted, start), dim=-1))
         return self.cfg.embed_scale * start + self.cfg.carry_scale * shifted
 
-    def _seen(self, past: Past | None, input_ids: Tensor, mask: Tensor | None, n_loops: int) -> int:
-        """Tokens before these; refuses a past that does not fit."""
-        seen = 0 if past is None else past.seen
-        if self.rope_table is not None and seen + input_ids.shape[1] > self.cfg.n_ctx:
-            raise ValueError(
-                f"{seen + input_ids.shape[1]} tokens are more than this model's table of rotations has: "
-                f"{self.cfg.n_ctx}."
-            )
-        if past is not None:
-            if mask is not None:
-                raise ValueError("past goes with texts of one length: attention_mask must be all 1, or left out.")
-            hooks: dict[str, LoopHooks] = dict(self.loops)  # type: ignore[arg-type]
-            exits = [r for r in range(1, n_loops) if self.cfg.n_coda and hooks[str(r)].reads_out()]
-            past.begin(len(input_ids), n_loops, exits)
-        return seen
+    def _check_length(self, tokens: int) -> None:
+        if self.rope_table is not None and tokens > self.cfg.n_ctx:
+            raise ValueError(f"{tokens} tokens are more than this model's table of rotations has: {self.cfg.n_ctx}.")
+
+    def _hooks(self, loop: int) -> LoopHooks:
+        return self.loops[str(loop)]  # type: ignore[return-value]
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """The mask as booleans, or None when nothing is padded."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,13 +47,13 @@ def generate(
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         raise InputError("input_ids must be a tensor [batch, pos]; for text, model.tokenizer(text)['input_ids'].")
     for name, value, fits, allowed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "a number >= 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
-        ("seed", seed, seed >= 0, "0 or more"),
+        ("max_new_tokens", max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 1, "an integer >= 1"),
+        ("temperature", temperature, _number(temperature) and _temperate(temperature), "0, or a number from 1e-4 on"),
+        ("top_p", top_p, _number(top_p) and 0 < top_p <= 1, "a number above 0, at most 1"),
+        ("seed", seed, _whole(seed) and 0 <= seed < 2**32, "an integer from 0 to 2**32 - 1"),
     ):
         if not fits:
-            raise InputError(f"{name} = {value} is out of range: allowed is {allowed}.")
+            raise InputError(f"{name} = {value!r} is out of range: allowed is {allowed}.")
     longest = input_ids.shape[1] + max_new_tokens
     if model.cfg.rope_table and longest > model.cfg.n_ctx:
         raise InputError(
@@ -72,6 +74,19 @@ def generate(
         if ended.all():
             break
     return ids
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _temperate(temperature: float) -> bool:
+    """Neither so low that logits overflow, nor endless."""
+    return temperature == 0 or 1e-4 <= temperature < float("inf")
 
 
 def _drawn(

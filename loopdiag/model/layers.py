@@ -95,6 +95,11 @@ class RopeTable(nn.Module):
         self.table: Tensor
         self.register_buffer("table", torch.zeros(cfg.n_ctx, cfg.d_head // 2, 2))
 
+    def fill(self, cfg: LoopedConfig) -> None:
+        """The rotations of `cfg`, for a model that is made rather than loaded."""
+        cos, sin = _angles(cfg, torch.arange(cfg.n_ctx, device=self.table.device)[None], None)
+        self.table.copy_(torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=-1))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RopeTable:
         kept = self.table
         super()._apply(fn, recurse)

@@ -21,8 +21,13 @@ def random_state(cfg: LoopedConfig, positions: Int[Tensor, "#batch pos"], seed: 
     Normal with `cfg.initial_std`, cut at three standard deviations. Every document has the same draw at the same
     position, so that neither padding, nor the rest of a batch, nor later tokens change what a token starts from.
 
+    Raises:
+        ValueError: `seed` is out of range.
+
     Source: arXiv 2502.05171.
     """
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed!r} is not allowed: it must be an integer from 0 to 2**32 - 1.")
     first, last = int(positions.min()) // BLOCK, int(positions.max()) // BLOCK
     drawn = []
     for block in range(first, last + 1):
