@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from loopdiag.corpus import Batch
+    from loopdiag.model.config import LoopedConfig
     from loopdiag.model.decoder import LoopedLM
 
 States = Float[Tensor, "loop document pos d_model"]
@@ -156,6 +157,29 @@ def _require_shape(name: str, state: Any, like: Tensor | None) -> None:
 
 
 @dataclass(frozen=True)
+class AttentionInputs:
+    """What the attention of one layer in one loop works from, after RoPE.
+
+    Attributes:
+        loop: From 1.
+        layer: From 0.
+        q: Queries [document, pos, head, d_head].
+        k: The loop's own keys [document, pos, kv_head, d_head].
+        k_global: Loop 1's keys, where the loop blends attention to them with a window over its own; else None.
+        gate: Weight of the attention to loop 1's keys [document, pos, head]; None where nothing is blended.
+        window: Tokens that the window sees, the token itself included.
+    """
+
+    loop: int
+    layer: int
+    q: Float[Tensor, "document pos head d_head"]
+    k: Float[Tensor, "document pos kv_head d_head"]
+    k_global: Float[Tensor, "document pos kv_head d_head"] | None
+    gate: Float[Tensor, "document pos head"] | None
+    window: int
+
+
+@dataclass(frozen=True)
 class ForeignModel:
     """A looped model that is not ours, for `diagnose`: whatever runs it and captures its states.
 
@@ -176,7 +200,14 @@ class ForeignModel:
 
 
 @torch.no_grad()
-def record(model: LoopedLM, batch: Batch, n_loops: int | None = None, *, seed: int = 0) -> LoopTrace:
+def record(
+    model: LoopedLM,
+    batch: Batch,
+    n_loops: int | None = None,
+    *,
+    seed: int = 0,
+    on_attention: Callable[[AttentionInputs, Tensor], None] | None = None,
+) -> LoopTrace:
     """Run a model on a batch and keep what left each loop.
 
     Args:
@@ -184,6 +215,7 @@ def record(model: LoopedLM, batch: Batch, n_loops: int | None = None, *, seed: i
         batch: Padded tokens with their mask.
         n_loops: Loops to run; the trained number when None.
         seed: Of the initial state, where a model draws one.
+        on_attention: Called with the inputs of every attention of the loops and the mask, in the order of the run.
 
     Raises:
         ValueError: `n_loops` below 1.
@@ -219,6 +251,8 @@ def record(model: LoopedLM, batch: Batch, n_loops: int | None = None, *, seed: i
         for layer in range(cfg.n_layers)
         if loop > 1 and cfg.memory == "first"
     ]
+    if on_attention is not None:
+        hooks += _attention_hooks(cfg, n_loops, mask, on_attention)
     model.run_with_hooks(input_ids, mask, n_loops=n_loops, seed=seed, return_type="last", fwd_hooks=hooks)
     first = whole["hook_out_pre_norm"][0]
     if cfg.n_coda:
@@ -238,3 +272,33 @@ def record(model: LoopedLM, batch: Batch, n_loops: int | None = None, *, seed: i
         coda=whole.get("hook_coda_out"),
         leave=whole.get("hook_exit_gate"),
     )
+
+
+def _attention_hooks(
+    cfg: LoopedConfig, n_loops: int, mask: Tensor, tell: Callable[[AttentionInputs, Tensor], None]
+) -> list[tuple[str | Callable, Callable]]:
+    """Hooks that collect what each attention works from, and tell once it is together."""
+    memory: dict[int, Tensor] = {}  # loop 1's keys by layer
+    parts: dict[str, Tensor] = {}
+
+    def keep(loop: int, layer: int, part: str, last: str) -> Callable[..., None]:
+        def hook(value: Tensor, hook: Any) -> None:
+            parts[part] = value
+            if part != last:
+                return
+            if loop == 1 and cfg.memory == "first":
+                memory[layer] = parts["rot_k"]
+            blended = memory.get(layer) if loop > 1 else None
+            q, k, gate = parts["rot_q"], parts["rot_k"], parts.get("gate")
+            tell(AttentionInputs(loop, layer, q, k, blended, gate, cfg.window), mask)
+            parts.clear()
+
+        return hook
+
+    hooks: list[tuple[str | Callable, Callable]] = []
+    for loop in range(1, n_loops + 1):
+        points = ("rot_q", "rot_k", "gate") if loop > 1 and cfg.memory == "first" else ("rot_q", "rot_k")
+        for layer in range(cfg.n_layers):
+            at = f"loops.{loop}.blocks.{layer}.attn.hook_"
+            hooks += [(at + part, keep(loop, layer, part, points[-1])) for part in points]
+    return hooks

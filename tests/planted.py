@@ -14,7 +14,9 @@ LAYERS, HEADS = 2, 4
 # The first loop at which a measure is defined; 0 for those not named.
 FIRST_LOOP = {
     **dict.fromkeys(("gain", "cost", "output_shift", "output_shift_reverse", "output_shift_js"), 1),
-    **dict.fromkeys(("step_size", "relative_step", "state_cosine", "exit_probability"), 1),
+    **dict.fromkeys(("step_size", "relative_step", "radial_share", "state_cosine", "exit_probability"), 1),
+    **dict.fromkeys(("changed", "fixed", "broken"), 1),
+    **dict.fromkeys(("acceleration", "breadth"), 2),
     **dict.fromkeys(("cos_update", "cos_reference", "withheld", "gate_mean"), 2),
     **dict.fromkeys(("omega", "omega_relative", "omega_random"), 2),
 }
@@ -111,6 +113,14 @@ def _truths(nll):
         shrinking = 1 / loop
     curves = {
         "rank": np.exp(nll - 2),
+        "log_rank": np.maximum(0, nll - 2),
+        "confidence": np.exp(-nll / 2),
+        "accuracy": np.exp(-nll / 2),
+        "changed": 0.5 * shrinking,
+        "fixed": 0.2 * shrinking,
+        "broken": 0.1 * shrinking,
+        "settled": (1 + loop) / len(nll),
+        "breadth": np.full(len(nll), 1 / max(1, len(nll) - 2)),
         "entropy": nll - 0.1,
         "output_shift": 2 * shrinking,
         "output_shift_reverse": 3 * shrinking,
@@ -119,11 +129,14 @@ def _truths(nll):
         "withheld": 0.7 + 0.0 * loop,
         "step_size": 40 * shrinking,
         "relative_step": 2 * shrinking,
+        "radial_share": 0.3 * shrinking,
+        "acceleration": 3 * shrinking,
         "state_cosine": 1 - 0.5 * shrinking,
         "cos_update": -0.8 * shrinking,
         "cos_reference": -0.5 + 0.0 * loop,
         "effective_rank": 100.0 + 5 * loop,
         "effective_rank_centred": 90.0 + 5 * loop,
+        "participation_ratio": 20.0 + 2 * loop,
         "omega": 11.0 + 0.0 * loop,
         "omega_relative": 0.9 + 0.0 * loop,
         "omega_random": 12.0 + 0.0 * loop,

@@ -24,8 +24,10 @@ CORPUS = random_corpus()
 # Measures that need one or two loops before them; the others start at the embedding.
 FROM_LOOP = {
     **dict.fromkeys(("nll_exit", "nll_usable", "rank", "entropy", "effective_rank", "effective_rank_centred"), 0),
+    **dict.fromkeys(("log_rank", "confidence", "accuracy", "settled", "participation_ratio"), 0),
     **dict.fromkeys(("gain", "cost", "output_shift", "output_shift_reverse", "output_shift_js"), 1),
-    **dict.fromkeys(("step_size", "relative_step", "state_cosine"), 1),
+    **dict.fromkeys(("step_size", "relative_step", "state_cosine", "radial_share", "changed", "fixed", "broken"), 1),
+    **dict.fromkeys(("acceleration", "breadth"), 2),
     **dict.fromkeys(("cos_update", "cos_reference", "omega", "omega_relative", "omega_random"), 2),
     **dict.fromkeys(("withheld", "gate_mean"), 2),
     "nll_lens": 0,
@@ -171,8 +173,8 @@ PREDICTIONS = (
     "nll_exit",
     "gain",
     "cost",
-    "rank",
-    "entropy",
+    *("rank", "log_rank", "confidence", "entropy"),
+    *("accuracy", "changed", "fixed", "broken", "settled", "breadth"),
     *(f"output_shift{end}" for end in ("", "_reverse", "_js")),
 )
 WITHOUT = {
@@ -425,8 +427,8 @@ def headless(toy):
 def test_states_alone_are_measured(headless):
     """Motion and rank need no predictions; each of those is absent with the reason."""
     assert set(headless.data) == {
-        *("step_size", "relative_step", "state_cosine", "cos_update", "cos_reference"),
-        *("effective_rank", "effective_rank_centred"),
+        *("step_size", "relative_step", "radial_share", "acceleration", "state_cosine"),
+        *("cos_update", "cos_reference", "effective_rank", "effective_rank_centred", "participation_ratio"),
     }
     absent = headless.provenance["absent"]
     assert set(absent) == set(DEFINITIONS) - set(headless.data)
@@ -728,7 +730,10 @@ def test_a_document_of_one_repeated_token():
 
 
 def test_the_exits_of_a_shallow_run_are_those_of_a_deep_one(quick):
-    """Asking for more loops changes nothing about those before: what the decision to stop early rests on."""
+    """Asking for more loops changes nothing about those before: what the decision to stop early rests on.
+
+    But for `settled` and `breadth`, which ask what the loops after r do.
+    """
     deep = diagnose(MODEL, CORPUS, readouts=False, n_loops=5)
     for name in exits_and_motion():
         np.testing.assert_array_equal(deep.data[name][:, :4], quick.data[name], err_msg=name)
@@ -737,11 +742,7 @@ def test_the_exits_of_a_shallow_run_are_those_of_a_deep_one(quick):
 def exits_and_motion():
     trace = record(MODEL, padded([[1, 2, 3, 4]]))
     return (
-        *exits(trace),
-        "step_size",
-        "relative_step",
-        "state_cosine",
-        "cos_update",
-        "cos_reference",
-        "effective_rank",
+        *(set(exits(trace)) - {"settled", "breadth"}),
+        *("step_size", "relative_step", "radial_share", "acceleration", "state_cosine"),
+        *("cos_update", "cos_reference", "effective_rank", "participation_ratio"),
     )

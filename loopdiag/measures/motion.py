@@ -42,6 +42,30 @@ def state_cosine(trace: LoopTrace) -> PerLoop:
     return over_tokens(torch.cat((undefined(cosine, 1), cosine)), trace.mask)
 
 
+def radial_share(trace: LoopTrace) -> PerLoop:
+    """Share of an update's squared length that lies along Y_{r-1}, mean over tokens: it changes the norm, not the way.
+
+    0 (all tangential, a turn) to 1 (all radial); NaN at loop 0 and where nothing moves. For unrelated directions it is
+    1 / d_model.
+    """
+    y = at_least_float32(trace.raw)
+    moved = y[1:] - y[:-1]
+    share = cosine_similarity(moved, y[:-1], dim=-1).square()
+    none = undefined(share, 1)
+    return over_tokens(torch.cat((none, share)), trace.mask & torch.cat((none.isnan(), (moved != 0).any(-1))))
+
+
+def acceleration(trace: LoopTrace) -> PerLoop:
+    """||Y_r - 2 Y_{r-1} + Y_{r-2}|| / ||Y_{r-1}||, mean over tokens: how much the update itself changes.
+
+    Dimensionless, >= 0; NaN at loops 0 and 1. 0 for steady motion; a state that goes back and forth has twice its
+    relative step.
+    """
+    y = at_least_float32(trace.raw)
+    change = (y[2:] - 2 * y[1:-1] + y[:-2]).norm(dim=-1) / y[1:-1].norm(dim=-1)
+    return over_tokens(torch.cat((undefined(change, 2), change)), trace.mask)
+
+
 def cos_update(trace: LoopTrace) -> PerLoop:
     """Cosine of successive updates, cos(Y_r - Y_{r-1}, Y_{r-1} - Y_{r-2}), mean over tokens.
 
@@ -79,3 +103,28 @@ def _turn(before: Tensor, middle: Tensor, after: Tensor, kept: Bool[Tensor, "doc
     cosine = cosine_similarity(second, first, dim=-1)
     none = undefined(cosine, 2)
     return over_tokens(torch.cat((none, cosine)), kept & torch.cat((none.isnan(), moved)))
+
+
+SETTLING, ORBITING, DRIFTING = 0, 1, 2
+# An update is a turn back beyond chance when its cosine lies this much below that of unrelated states.
+BEYOND_CHANCE = 0.1
+# A loop settles when its step is at most this share of the one before.
+SHRINKS_TO = 0.8
+
+
+def label(trace: LoopTrace) -> Float[Tensor, " document"]:
+    """What a document's states do at a run's end: 0 settling, 1 orbiting, 2 drifting; NaN for fewer than 3 loops.
+
+    Read off the last loop R, from means over the document's tokens. Settling: the step size is at most 0.8 of
+    that of loop R-1. Else orbiting: `cos_update` is negative and lies at least 0.1 below `cos_reference`, so the update
+    turns back more than unrelated states would. Else drifting.
+
+    The limits are conventions of this project.
+    """
+    if trace.n_loops < 3:
+        return torch.full((len(trace.mask),), float("nan"), dtype=torch.float64)
+    step, cosine, reference = step_size(trace), cos_update(trace)[:, -1], cos_reference(trace)[:, -1]
+    settles = step[:, -1] <= SHRINKS_TO * step[:, -2]
+    turns = (cosine < 0) & (cosine <= reference - BEYOND_CHANCE)
+    found = torch.where(settles, SETTLING, torch.where(turns, ORBITING, DRIFTING)).double()
+    return found.masked_fill(step[:, -1].isnan(), float("nan"))

@@ -26,7 +26,12 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
     Means over the tokens that have a next token; medians for the rank. All in nats but the rank.
 
     - `nll_exit`: -log p^(r)(next token), loops 0..R.
-    - `rank`: median rank of the next token, 1 the best; tied tokens share their mean rank.
+    - `rank`: median rank of the next token, 1 the best; tied tokens share their mean rank. `log_rank`: mean of its log.
+    - `accuracy`: share of tokens whose likeliest next token is right (the first of equals).
+    - `changed`, `fixed`, `broken`: share whose likeliest next token loop r changes, puts right, puts wrong; loops 1..R.
+    - `confidence`: probability of the likeliest next token.
+    - `settled`: share whose likeliest next token after loop r is that of every later exit; 1 at loop R.
+    - `breadth`: share whose largest output shift of loops 2..R falls in loop r.
     - `entropy`: of p^(r).
     - `output_shift`: KL(p^(r) || p^(r-1)), loops 1..R. Unsigned: a move to a worse prediction has it too.
     - `output_shift_reverse`: KL(p^(r-1) || p^(r)).
@@ -38,9 +43,14 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
     Raises:
         ValueError: The trace has no head or no tokens.
 
-    Source: arXiv 2606.18023 for NLL, rank, entropy and output shift; gain and cost are this project's.
+    Source: arXiv 2606.18023 for NLL, rank, entropy, output shift and breadth; gain and cost are this project's.
     """
-    return _read_off(trace, trace.readout, _exits_of)
+    return averaged(exit_series(trace), trace.predicts)
+
+
+def exit_series(trace: LoopTrace) -> dict[str, Float[Tensor, "loop document pos"]]:
+    """What `exits` averages, token by token; 0 where no next token is predicted."""
+    return per_token(trace, trace.readout, _exits_of)
 
 
 def lens(trace: LoopTrace) -> dict[str, PerLoop]:
@@ -51,7 +61,8 @@ def lens(trace: LoopTrace) -> dict[str, PerLoop]:
 
     Source: the logit lens (nostalgebraist, 2020).
     """
-    return _read_off(trace, trace.normed, lambda logits, targets: {"nll_lens": _nll(logits.log_softmax(-1), targets)})
+    nll = per_token(trace, trace.normed, lambda logits, targets: {"nll_lens": _nll(logits.log_softmax(-1), targets)})
+    return averaged(nll, trace.predicts)
 
 
 def exit_probability(trace: LoopTrace) -> PerLoop:
@@ -68,10 +79,13 @@ def exit_probability(trace: LoopTrace) -> PerLoop:
     return over_tokens(torch.cat((undefined(p, 1), p)), trace.mask)
 
 
-def _read_off(
+def per_token(
     trace: LoopTrace, states: States, of_logits: Callable[[Tensor, Tensor], dict[str, Float[Tensor, "loop token"]]]
-) -> dict[str, PerLoop]:
-    """Per-document numbers of the distributions that the head makes of `states`, in blocks of tokens."""
+) -> dict[str, Float[Tensor, "loop document pos"]]:
+    """Numbers of the distributions that the head makes of `states`; 0 where nothing is predicted.
+
+    The vocabulary is processed in blocks of tokens.
+    """
     if trace.head is None or trace.input_ids is None:
         raise ValueError(
             "This trace lacks head or tokens, so it has no predictions: give LoopTrace.from_states(..., head=, "
@@ -86,13 +100,17 @@ def _read_off(
         of_logits(at_least_float32(trace.head(kept[:, start : start + block])), targets[start : start + block])
         for start in range(0, max(1, len(targets)), block)
     ]
-    results = {}
+    series = {}
     for name in parts[0]:
         values = torch.cat([part[name] for part in parts], dim=1)
-        spread = values.new_zeros(len(kept), *predicts.shape)
-        spread[:, predicts] = values
-        results[name] = _median(spread, predicts) if name == "rank" else over_tokens(spread, predicts)
-    return results
+        series[name] = values.new_zeros(len(kept), *predicts.shape)
+        series[name][:, predicts] = values
+    return series
+
+
+def averaged(series: dict[str, Float[Tensor, "loop document pos"]], kept: Tensor) -> dict[str, PerLoop]:
+    """Means over the kept tokens of each document, medians for the rank."""
+    return {name: _median(x, kept) if name == "rank" else over_tokens(x, kept) for name, x in series.items()}
 
 
 def _nll(log_p: Float[Tensor, "loop token vocab"], targets: Tensor) -> Float[Tensor, "loop token"]:
@@ -113,13 +131,36 @@ def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dic
         "gain": (-change).clamp_min(0),
         "cost": change.clamp_min(0),
     }
+    rank = 1 + (logits > true).sum(-1) + ((logits == true).sum(-1) - 1) / 2
+    best = logits.argmax(-1)
+    right = best == targets
+    flips = {
+        "changed": best[1:] != best[:-1],
+        "fixed": right[1:] & ~right[:-1],
+        "broken": right[:-1] & ~right[1:],
+    }
     first = torch.full_like(nll[:1], float("nan"))
     return {
         "nll_exit": nll,
-        "rank": 1 + (logits > true).sum(-1) + ((logits == true).sum(-1) - 1) / 2,
+        "rank": rank,
+        "log_rank": rank.to(nll).log(),
         "entropy": -(p * log_p).sum(-1),
-        **{name: torch.cat((first, values)) for name, values in divergence.items()},
+        "accuracy": right.to(nll),
+        "confidence": p.amax(-1),
+        "settled": (best == best[-1]).flip(0).int().cummin(0).values.flip(0).to(nll),
+        "breadth": _largest(divergence["output_shift"]),
+        **{name: torch.cat((first, values.to(nll))) for name, values in (divergence | flips).items()},
     }
+
+
+def _largest(shift: Float[Tensor, "loop token"]) -> Float[Tensor, "loop token"]:
+    """1 where a token's output shift is the largest of loops 2..R (the first of equals), NaN at loops 0 and 1."""
+    nowhere = torch.full_like(shift[:1], float("nan"))
+    if len(shift) == 1:
+        return torch.cat((nowhere, nowhere))
+    later = shift[1:]
+    largest = torch.zeros_like(later).scatter(0, later.argmax(0, keepdim=True), 1.0)
+    return torch.cat((nowhere, nowhere, largest))
 
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
