@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from json import dumps
+from json import dumps as as_json
 from pathlib import Path
 from typing import Annotated
 
@@ -186,7 +186,7 @@ def info(
         cfg, family = read_config(find(model, revision=revision, local_files_only=offline))
         facts = model_facts(cfg, family, loops or cfg.n_loops, context or min(cfg.n_ctx, 2048), dtype.value)
         if json:
-            sys.stdout.write(dumps({"model": model, **facts}, indent=2) + "\n")
+            sys.stdout.write(as_json({"model": model, **facts}, indent=2) + "\n")
         else:
             print_info(model, facts)
 

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopdiag.measures.reduce import at_least_float32, over_tokens, undefined
-from loopdiag.model.exit_gate import exit_probabilities
+from loopdiag.measures.motion import accelerations, relative_steps
+from loopdiag.measures.prediction import leaving
+from loopdiag.measures.reduce import over_tokens, undefined
 from loopdiag.trace import LoopTrace
 
 Series = Float[Tensor, "loop document pos"]  # loops 0..R, NaN where undefined
@@ -94,16 +95,10 @@ def exit_loops(leaves: Bool[Tensor, "loop document pos"]) -> Int[Tensor, "docume
 
 def state_series(trace: LoopTrace) -> dict[str, Series]:
     """What rules read off the states: `relative_step`, `acceleration` and, with an exit gate, `gate`."""
-    y = at_least_float32(trace.raw)
-    step = (y[1:] - y[:-1]).norm(dim=-1) / y[:-1].norm(dim=-1)
-    turn = (y[2:] - 2 * y[1:-1] + y[:-2]).norm(dim=-1) / y[1:-1].norm(dim=-1)
-    series = {
-        "relative_step": torch.cat((undefined(step, 1), step)),
-        "acceleration": torch.cat((undefined(step, 2), turn)),
-    }
+    series = {"relative_step": relative_steps(trace), "acceleration": accelerations(trace)}
     if trace.leave is not None:
-        p = exit_probabilities(at_least_float32(trace.leave[1:]).movedim(0, -1)).movedim(-1, 0)
-        series["gate"] = torch.cat((undefined(p, 1), p.cumsum(0)))
+        reached = leaving(trace).cumsum(0)
+        series["gate"] = torch.cat((undefined(reached, 1), reached))
     return series
 
 

@@ -11,6 +11,7 @@ from loopdiag.measures.reduce import at_least_float32, over_tokens, undefined
 from loopdiag.trace import LoopTrace
 
 PerLoop = Float[Tensor, "document loop"]
+PerToken = Float[Tensor, "loop document pos"]
 
 
 def step_size(trace: LoopTrace) -> PerLoop:
@@ -30,9 +31,14 @@ def relative_step(trace: LoopTrace) -> PerLoop:
 
     Dimensionless, >= 0; NaN at loop 0. Loop 1 is measured from the embedding and so is large.
     """
+    return over_tokens(relative_steps(trace), trace.mask)
+
+
+def relative_steps(trace: LoopTrace) -> PerToken:
+    """What `relative_step` averages, token by token."""
     y = at_least_float32(trace.raw)
     moved = (y[1:] - y[:-1]).norm(dim=-1) / y[:-1].norm(dim=-1)
-    return over_tokens(torch.cat((undefined(moved, 1), moved)), trace.mask)
+    return torch.cat((undefined(moved, 1), moved))
 
 
 def state_cosine(trace: LoopTrace) -> PerLoop:
@@ -61,9 +67,14 @@ def acceleration(trace: LoopTrace) -> PerLoop:
     Dimensionless, >= 0; NaN at loops 0 and 1. 0 for steady motion; a state that goes back and forth has twice its
     relative step.
     """
+    return over_tokens(accelerations(trace), trace.mask)
+
+
+def accelerations(trace: LoopTrace) -> PerToken:
+    """What `acceleration` averages, token by token."""
     y = at_least_float32(trace.raw)
     change = (y[2:] - 2 * y[1:-1] + y[:-2]).norm(dim=-1) / y[1:-1].norm(dim=-1)
-    return over_tokens(torch.cat((undefined(change, 2), change)), trace.mask)
+    return torch.cat((undefined(change, 2), change))
 
 
 def cos_update(trace: LoopTrace) -> PerLoop:

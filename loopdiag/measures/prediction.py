@@ -73,10 +73,19 @@ def exit_probability(trace: LoopTrace) -> PerLoop:
 
     Source: arXiv 2510.25741.
     """
+    p = leaving(trace)
+    return over_tokens(torch.cat((undefined(p, 1), p)), trace.mask)
+
+
+def leaving(trace: LoopTrace) -> Float[Tensor, "loops document pos"]:
+    """Probability that the exit gate leaves a token after each of the loops 1..R.
+
+    Raises:
+        ValueError: The model has no exit gate.
+    """
     if trace.leave is None:
         raise ValueError("exit_probability: this model has no exit gate.")
-    p = exit_probabilities(at_least_float32(trace.leave[1:]).movedim(0, -1)).movedim(-1, 0)
-    return over_tokens(torch.cat((undefined(p, 1), p)), trace.mask)
+    return exit_probabilities(at_least_float32(trace.leave[1:]).movedim(0, -1)).movedim(-1, 0)
 
 
 def per_token(

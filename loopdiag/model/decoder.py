@@ -340,6 +340,7 @@ class LoopedLM(HookedRootModule):
             raise ValueError(f"{tokens} tokens are more than this model's table of rotations has: {self.cfg.n_ctx}.")
 
     def _hooks(self, loop: int) -> LoopHooks:
+        # A ModuleDict does not know of what kind its modules are.
         return self.loops[str(loop)]  # type: ignore[return-value]
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
