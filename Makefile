@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 # "The data cannot tell" (exit code 3) is an answer, not a failure of make.
 UNDETERMINED_IS_FINE := || [ $$? -eq 3 ]
 
-.PHONY: demo test test-all lint figures family bench clean
+.PHONY: demo test test-all lint figures saved emergence family bench clean
 
 demo: $(BASE)  ## answer the question on the bundled model and documents
 	mkdir -p build/demo
@@ -25,17 +25,36 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-figures: $(BASE)  ## measure the bundled model and draw figures/ from the saved diagnosis
-	mkdir -p build
-	$(BIN)/loopdiag diagnose --save build/tiny-plt-4.nc
-	$(BIN)/loopdiag recommend build/tiny-plt-4.nc --figures figures $(UNDETERMINED_IS_FINE)
+# What the figures need beyond the default measures.
+MEASURES := default,heads,rarefaction,pooled,fixed_point,noise,exit_rules
+SAVED := $(foreach loops,1 2 3 4,figures/saved/tiny-plt-$(loops).nc)
+
+figures: $(BASE) $(SAVED) emergence  ## draw figures/ and write its tables and docs/reproduction.md, from the saved diagnoses
+	$(BIN)/loopdiag figures $(SAVED) --out figures --against-paper docs/reproduction.md
+
+saved: $(BASE)  ## diagnose the bundled models again, for `make figures` (ten minutes)
+	rm -f $(SAVED)
+	$(MAKE) $(SAVED)
+
+figures/saved/%.nc: | $(BASE)
+	mkdir -p figures/saved
+	$(BIN)/loopdiag diagnose $* --measures $(MEASURES) --save $@
+
+emergence: $(BASE) figures/saved/emergence.json  ## draw what each loop brings during training, from the saved looks
+	$(BIN)/python -c "from loopdiag.plots.training import draw_emergence; \
+		draw_emergence('figures/saved/emergence.json', 'figures')"
+
+figures/saved/emergence.json: | $(DEV)  # trains for about a quarter of an hour on one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m loopdiag.sweep.family --work build/emergence --out build/emergence/models \
+		--loops 4 --tokens 2621440 --no-compile --looks $@
 
 family: $(DEV)  ## train the bundled models again (an hour on two cores; goes on where it stopped)
 	$(BIN)/python -m loopdiag.sweep.family
 
-bench: $(BASE)  ## cost of the hook points, memory of loading
+bench: $(BASE)  ## cost of the hook points and of measuring, memory of loading
 	$(BIN)/python benchmarks/hook_overhead.py
 	$(BIN)/python benchmarks/loading_memory.py
+	$(BIN)/python benchmarks/overhead.py
 
 $(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

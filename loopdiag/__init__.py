@@ -16,8 +16,10 @@ __version__ = "0.1.0"
 # Where each public name lives. Loaded on first use: `import loopdiag` must not wait for torch.
 _PUBLIC = {
     "Diagnosis": "loopdiag.diagnosis",
+    "Effects": "loopdiag.interventions",
     "ForeignModel": "loopdiag.trace",
     "GainCost": "loopdiag.gaincost",
+    "LoopMonitor": "loopdiag.monitor",
     "LoopTrace": "loopdiag.trace",
     "LoopedConfig": "loopdiag.model",
     "LoopedLM": "loopdiag.model",
@@ -25,16 +27,18 @@ _PUBLIC = {
     "bundled_models": "loopdiag.model",
     "diagnose": "loopdiag.diagnosis",
     "gain_cost": "loopdiag.gaincost",
+    "intervene": "loopdiag.interventions",
     "load": "loopdiag.model",
     "recommend": "loopdiag.gaincost",
     "record": "loopdiag.trace",
 }
-_ROOMS = ("corpus", "measures", "plots")
+_ROOMS = ("corpus", "interventions", "measures", "plots")
 
 __all__ = [*_PUBLIC, *_ROOMS, "__version__"]
 
 if TYPE_CHECKING:
     from loopdiag import corpus as corpus
+    from loopdiag import interventions as interventions
     from loopdiag import measures as measures
     from loopdiag import plots as plots
     from loopdiag.diagnosis import Diagnosis as Diagnosis
@@ -43,10 +47,13 @@ if TYPE_CHECKING:
     from loopdiag.gaincost import Recommendation as Recommendation
     from loopdiag.gaincost import gain_cost as gain_cost
     from loopdiag.gaincost import recommend as recommend
+    from loopdiag.interventions import Effects as Effects
+    from loopdiag.interventions import intervene as intervene
     from loopdiag.model import LoopedConfig as LoopedConfig
     from loopdiag.model import LoopedLM as LoopedLM
     from loopdiag.model import bundled_models as bundled_models
     from loopdiag.model import load as load
+    from loopdiag.monitor import LoopMonitor as LoopMonitor
     from loopdiag.trace import ForeignModel as ForeignModel
     from loopdiag.trace import LoopTrace as LoopTrace
     from loopdiag.trace import record as record

@@ -7,9 +7,8 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,66 +19,33 @@ import xarray as xr
 from torch import Tensor
 
 from loopdiag import __version__
-from loopdiag.corpus import Batch, Corpus, TokenDocument, batches, tokenize
+from loopdiag.corpus import TOKEN_CLASSES, Batch, Corpus, TokenDocument, batches, token_classes, tokenize
 from loopdiag.errors import InputError
 from loopdiag.files import whole
-from loopdiag.measures import attention, diversity, motion, offset, prediction
+from loopdiag.measures import (
+    DEFINITIONS,
+    absent,
+    attention,
+    chosen,
+    dimensions,
+    exit_rules,
+    motion,
+    prediction,
+    rarefied,
+    take,
+)
+from loopdiag.measures.attention import AttentionMeasures
+from loopdiag.measures.diversity import PooledRank
+from loopdiag.measures.similarity import LayerSimilarity
 from loopdiag.model.decoder import LoopedLM
-from loopdiag.readouts import RECORDINGS, fit_readouts
-from loopdiag.trace import ForeignModel, LoopTrace, record
+from loopdiag.model.dtypes import higher_precision
+from loopdiag.readouts import RECORDINGS, Readouts, fit_readouts
+from loopdiag.trace import ForeignModel, LoopTrace, kept_loops, record, with_maps
 
-SCHEMA = 2
+SCHEMA = 3
 LONGEST_RANK = 256
 LONGEST_DOCUMENT = 2048  # unless told: models are made for far more than a batch of them should hold
-PER_LOOP = ("document", "loop")
-
-# Name: (unit, state, what it is). The functions' docstrings say more.
-DEFINITIONS: dict[str, tuple[str, str, str]] = {
-    "nll_exit": ("nats per token", "N(Y)", "negative log likelihood of the next token, reading out after loop r"),
-    "gain": ("nats per token", "N(Y)", "NLL that loop r takes off the tokens it helps"),
-    "cost": ("nats per token", "N(Y)", "NLL that loop r adds to the tokens it harms"),
-    "rank": ("rank", "N(Y)", "median rank of the next token, 1 the best"),
-    "log_rank": ("nats", "N(Y)", "log of the next token's rank"),
-    "confidence": ("1", "N(Y)", "probability of the likeliest next token"),
-    "accuracy": ("share of tokens", "N(Y)", "the likeliest next token is right"),
-    "changed": ("share of tokens", "N(Y)", "loop r changes the likeliest next token"),
-    "fixed": ("share of tokens", "N(Y)", "loop r puts the likeliest next token right"),
-    "broken": ("share of tokens", "N(Y)", "loop r puts the likeliest next token wrong"),
-    "settled": ("share of tokens", "N(Y)", "the likeliest next token stays from loop r on"),
-    "entropy": ("nats", "N(Y)", "entropy of the exit's distribution"),
-    "output_shift": ("nats", "N(Y)", "KL(p^(r) || p^(r-1))"),
-    "output_shift_reverse": ("nats", "N(Y)", "KL(p^(r-1) || p^(r))"),
-    "output_shift_js": ("nats", "N(Y)", "Jensen-Shannon divergence of p^(r) and p^(r-1)"),
-    "breadth": ("share of tokens", "N(Y)", "the largest output shift of loops 2.. falls in loop r"),
-    "nll_usable": ("nats per token", "N(Y)", "NLL through the exit's fitted translator"),
-    "withheld": (
-        "nats per token",
-        "Z",
-        "NLL read from the carry of r-1 that the offset hands over, minus from the token's own",
-    ),
-    "step_size": ("residual stream", "Y", "||Y_r - Y_(r-1)||"),
-    "relative_step": ("1", "Y", "||Y_r - Y_(r-1)|| / ||Y_(r-1)||"),
-    "radial_share": ("1", "Y", "share of the squared update that lies along Y_(r-1)"),
-    "acceleration": ("1", "Y", "||Y_r - 2 Y_(r-1) + Y_(r-2)|| / ||Y_(r-1)||"),
-    "state_cosine": ("1", "Y", "cos(Y_r, Y_(r-1))"),
-    "cos_update": ("1", "Y", "cosine of successive updates"),
-    "cos_reference": ("1", "Y", "cosine of successive updates were the loops' states unrelated"),
-    "effective_rank": ("1", "N(Y)", "effective rank of a document's states"),
-    "effective_rank_centred": ("1", "N(Y)", "effective rank of a document's states less their mean"),
-    "participation_ratio": ("1", "N(Y)", "participation ratio of a document's states less their mean"),
-    "omega": ("carry", "Z", "distance of neighbouring tokens' carries from loop r-1"),
-    "omega_relative": ("1", "Z", "that distance over the carry's norm"),
-    "omega_random": ("carry", "Z", "distance of any two tokens' carries in the document"),
-    "gate_mean": ("1", "layer input", "weight of the global attention branch"),
-    "nll_lens": ("nats per token", "N(Y)", "NLL through the plain logit lens, past the coda"),
-    "exit_probability": ("1", "N(Y)", "probability that the model's exit gate leaves after loop r"),
-}
-OF_PREDICTIONS = (
-    *("nll_exit", "gain", "cost", "rank", "log_rank", "confidence", "entropy"),
-    *("accuracy", "changed", "fixed", "broken", "settled", "breadth"),
-    *("output_shift", "output_shift_reverse", "output_shift_js"),
-)
-OF_THE_OFFSET = ("omega", "omega_relative", "omega_random", "withheld")
+NOISE_DOCUMENTS = 4  # run once more in higher precision
 
 
 class DiagnosisError(InputError):
@@ -91,9 +57,9 @@ class Diagnosis:
     """Everything measured on one model and corpus.
 
     Attributes:
-        data: Measures by `document, loop(, layer, head)`, loop 0..R with NaN where undefined; the coordinate `source`
-            gives each document's cluster. Every variable carries `units`, `state` and `long_name`; `DEFINITIONS` lists
-            them.
+        data: Measures by `document, loop(, layer, head)`, a few by other dimensions; loop 0..R, or 0 and those that
+            were kept, with NaN where undefined; the coordinate `source` gives each document's cluster. Every variable
+            carries `units`, `state` and `long_name`; `loopdiag.measures.DEFINITIONS` lists them.
     """
 
     data: xr.Dataset
@@ -105,7 +71,7 @@ class Diagnosis:
 
     @property
     def loops(self) -> np.ndarray:
-        """Loop numbers 1..R."""
+        """Loop numbers, 1..R or those that were kept."""
         return self.data["loop"].values[1:]
 
     def require(self, *names: str) -> None:
@@ -131,7 +97,8 @@ class Diagnosis:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a netCDF file, whole or not at all; a file of that name is replaced."""
         with whole(Path(path)) as partial_file:
-            self.data.to_netcdf(partial_file, engine="h5netcdf")
+            encoding = {name: {"zlib": True} for name in self.data.data_vars}
+            self.data.to_netcdf(partial_file, engine="h5netcdf", encoding=encoding)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
@@ -161,34 +128,44 @@ def diagnose(
     corpus: Corpus,
     *,
     n_loops: int | None = None,
+    at: Sequence[int] | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    readouts: bool = True,
+    measures: Collection[str] = ("default",),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Diagnosis:
     """Measure a model, loop by loop.
 
-    Readouts are fitted on the corpus' `fit` documents; every number is measured on its `report` documents.
+    Readouts are fitted on the corpus' `fit` documents; every number is measured on its `report` documents, but for the
+    exit rules' means over the `fit` documents, on which a threshold is to be chosen.
 
     Args:
         model: A model with a tokenizer; for one that is not ours, a `ForeignModel`.
         corpus: Documents; those longer than `max_tokens` are cut and counted.
-        n_loops: Loops to run; the trained number when None.
+        n_loops: Loops to run; the trained number, or the last of `at`, when None.
+        at: Loops to measure, from 1 on, for models with many: changes are then from the measured loop before. All when
+            None.
         max_tokens: Longest document in tokens; what the model was made for, at most 2,048, when None.
         batch_size: Documents of a batch.
         seed: Of the order of the `fit` documents, and of the initial state of models that start from a random one.
-        readouts: Fit the translators behind `nll_usable` and `withheld`, the slowest part; without, both are left out.
+        measures: Groups of measures, of `loopdiag.measures.GROUPS`, `default` or `all`; what is not asked for is not
+            computed. The readouts, whose translators are fitted, are the slowest.
         progress: Called with (what is being done, documents done, of how many; fitting counts each several times).
 
     Raises:
-        ValueError: `n_loops` below 1.
-        DiagnosisError: No tokenizer, or `max_tokens` beyond the model.
+        ValueError: `n_loops` below 1, or `at` that does not rise from 1 to it.
+        DiagnosisError: No tokenizer, `max_tokens` beyond the model, or a subset of the loops of a `ForeignModel`.
+        InputError: An unknown group of measures.
     """
-    recorded, trained, longest = _subject(model, seed)
-    n_loops = trained if n_loops is None else n_loops
+    groups = chosen(measures)
+    trained, longest = _made_for(model)
+    n_loops = (at[-1] if at else trained) if n_loops is None else n_loops
     if isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1:
         raise ValueError(f"n_loops = {n_loops!r} is not allowed: it must be an integer >= 1.")
+    kept = kept_loops(n_loops, at)
+    if isinstance(model, ForeignModel) and at is not None:
+        raise DiagnosisError("at is for models of this toolkit: a ForeignModel records all loops that it runs.")
     if model.tokenizer is None:
         raise DiagnosisError("The model has no tokenizer: its folder holds none, so text cannot be read.")
     if max_tokens is not None and max_tokens > longest:
@@ -197,33 +174,19 @@ def diagnose(
     if not corpus.report:
         raise DiagnosisError(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
     fit, report = (tokenize(half, model.tokenizer, max_tokens) for half in (corpus.fit, corpus.report))
-    rank_tokens = matched_tokens(report)
-    tell = progress or (lambda what, done, of: None)
-
-    done = {"fitting readouts": 0, "measuring": 0}
-
-    def traces(documents: Sequence[TokenDocument], what: str, of: int) -> Iterator[LoopTrace]:
-        for batch in batches(documents, batch_size):
-            yield recorded(batch, n_loops)
-            done[what] += len(batch.names)
-            tell(what, done[what], of)
-
-    fitted = None
-    if readouts:
-        order = np.random.default_rng(seed).permutation(len(fit))
-        for_fitting = partial(traces, what="fitting readouts", of=RECORDINGS * len(fit))
-        fitted = fit_readouts([fit[index] for index in order], for_fitting)
-    parts = []
-    for trace in traces(report, "measuring", len(report)):
-        parts.append(measure(trace, rank_tokens) | (fitted.measure(trace) if fitted else {}))
-        missing = absent(trace, readouts)
+    run = _Run(model, n_loops, at, batch_size, seed, groups, report, progress)
+    fitted = run.fit_readouts(fit) if "readouts" in groups else None
+    thresholds = run.exit_rules(fit) if "exit_rules" in groups and fit else {}
+    found, missing = run.measure(fitted)
     provenance = {
         "schema": SCHEMA,
         "model": model.source,
         **_identity(model),
         "trained_loops": trained,
         "run_loops": n_loops,
-        "absent": missing,
+        "measured_loops": list(kept),
+        "measures": list(groups),
+        "absent": {name: why for name, why in missing.items() if name not in thresholds},
         "corpus": corpus.name,
         "corpus_sha256": corpus.fingerprint,
         "documents": len(report),
@@ -232,7 +195,7 @@ def diagnose(
         "documents_too_short": len(corpus) - len(fit) - len(report),
         "tokens": sum(len(document.input_ids) - 1 for document in report),
         "max_tokens": max_tokens,
-        "rank_tokens": rank_tokens,
+        "rank_tokens": run.rank_tokens,
         "ridges": {f"{kind} {loop}": ridge for (kind, loop), ridge in sorted(fitted.ridges.items())}
         if fitted
         else None,
@@ -242,7 +205,112 @@ def diagnose(
         "versions": {"loopdiag": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "transformer-lens", "transformers")},
     }
-    return Diagnosis(_dataset(parts, report, n_loops, provenance))
+    return Diagnosis(_dataset(found | thresholds, report, (0, *kept), run, provenance))
+
+
+class _Run:
+    """A model run over documents in batches, and what is taken from each batch."""
+
+    def __init__(
+        self,
+        model: LoopedLM | ForeignModel,
+        n_loops: int,
+        at: Sequence[int] | None,
+        batch_size: int,
+        seed: int,
+        groups: tuple[str, ...],
+        report: Sequence[TokenDocument],
+        progress: Callable[[str, int, int], None] | None,
+    ) -> None:
+        self.model, self.n_loops, self.at, self.batch_size, self.seed = model, n_loops, at, batch_size, seed
+        self.groups, self.report = groups, report
+        self.rank_tokens = matched_tokens(report)
+        self.longest = max(len(document.input_ids) for document in report)
+        self.token_class: tuple[Tensor, int] | None = None
+        if "classes" in groups:
+            vocabulary = len(model.tokenizer) if isinstance(model, ForeignModel) else model.cfg.vocab_size
+            self.token_class = token_classes(model.tokenizer, vocabulary), len(TOKEN_CLASSES)
+        self._tell = progress or (lambda what, done, of: None)
+        self._done: dict[str, int] = {}
+
+    def batches(self, documents: Sequence[TokenDocument], what: str, of: int) -> Iterator[Batch]:
+        """Batches of documents, counted as done when the next is asked for."""
+        for batch in batches(documents, self.batch_size):
+            yield batch
+            self._done[what] = self._done.get(what, 0) + len(batch.names)
+            self._tell(what, self._done[what], of)
+
+    def record(self, batch: Batch, **watching: Any) -> LoopTrace:
+        if isinstance(self.model, ForeignModel):
+            return self.model.record(batch, self.n_loops)
+        return record(self.model, batch, self.n_loops, at=self.at, seed=self.seed, **watching)
+
+    def fit_readouts(self, fit: Sequence[TokenDocument]) -> Readouts:
+        def traces(documents: Sequence[TokenDocument]) -> Iterator[LoopTrace]:
+            for batch in self.batches(documents, "fitting readouts", RECORDINGS * len(fit)):
+                yield self.record(batch)
+
+        order = np.random.default_rng(self.seed).permutation(len(fit))
+        return fit_readouts([fit[index] for index in order], traces)
+
+    def exit_rules(self, fit: Sequence[TokenDocument]) -> dict[str, Tensor]:
+        """The exit rules' means over the documents on which thresholds are chosen."""
+        parts = [
+            take(self.record(batch), ("exit_rules",), self.rank_tokens)
+            for batch in self.batches(fit, "exit rules", len(fit))
+        ]
+        return {f"{name}_fit": torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
+
+    def measure(self, fitted: Readouts | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Every measure over the report documents, and why some are missing."""
+        ours = None if isinstance(self.model, ForeignModel) else self.model
+        pooled = PooledRank() if "pooled" in self.groups else None
+        parts: list[dict[str, Tensor]] = []
+        for batch in self.batches(self.report, "measuring", len(self.report)):
+            watching: dict[str, AttentionMeasures | LayerSimilarity] = {}
+            if ours is not None and {"attention", "attention_pairs", "heads"} & set(self.groups):
+                watching["on_attention"] = AttentionMeasures(self.groups)
+            if ours is not None and "layers" in self.groups:
+                watching["on_layer"] = LayerSimilarity(self.rank_tokens, ours.ln_final)
+            trace = self.record(batch, **watching)
+            if ours is not None and "fixed_point" in self.groups:
+                trace = with_maps(ours, batch, trace, seed=self.seed)
+            part = take(trace, self.groups, self.rank_tokens, self.longest, self.token_class)
+            for watch in watching.values():
+                part |= watch.result()
+            if fitted is not None:
+                part |= fitted.measure(trace)
+            if pooled is not None:
+                pooled.add(trace)
+            parts.append({name: values.cpu() for name, values in part.items()})
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if pooled is not None:
+            found |= pooled.result()
+        if ours is not None and "noise" in self.groups:
+            found |= self.noise(ours)
+            if "motion_label" in found and self.n_loops > 2:
+                lost = found["step_size"][:, -1] <= motion.ABOVE_NOISE * found["noise_step"][:, -1].nanmean()
+                found["motion_label"][lost] = float("nan")
+        return found, absent(trace, found, self.groups)
+
+    @torch.no_grad()
+    def noise(self, model: LoopedLM) -> dict[str, Tensor]:
+        """What the run's precision moves, on a few documents; NaN on the others."""
+
+        def taken() -> tuple[LoopTrace, dict[str, Tensor]]:
+            trace = self.record(batch)
+            return trace, prediction.exit_series(trace)
+
+        (batch,) = batches(self.report[:NOISE_DOCUMENTS], NOISE_DOCUMENTS)
+        trace, series = taken()
+        with higher_precision(model):
+            exact, exact_series = taken()
+        few = {
+            "noise_step": motion.noise_step(trace, exact),
+            **prediction.noise(series, exact_series, trace.predicts),
+        }
+        rest = len(self.report) - len(batch.names)
+        return {name: torch.cat((x, x.new_full((rest, *x.shape[1:]), float("nan")))).cpu() for name, x in few.items()}
 
 
 def matched_tokens(documents: Sequence[TokenDocument]) -> int:
@@ -251,11 +319,11 @@ def matched_tokens(documents: Sequence[TokenDocument]) -> int:
     return min(LONGEST_RANK, lengths[len(lengths) // 10])
 
 
-def _subject(model: LoopedLM | ForeignModel, seed: int) -> tuple[Callable[[Batch, int], LoopTrace], int, int]:
-    """How to record a batch of a model, the loops it was trained with, and its longest document."""
+def _made_for(model: LoopedLM | ForeignModel) -> tuple[int, int]:
+    """The loops that a model was trained with, and its longest document."""
     if isinstance(model, ForeignModel):
-        return model.record, model.trained_loops, model.n_ctx
-    return partial(record, model, seed=seed), model.cfg.n_loops, model.cfg.n_ctx
+        return model.trained_loops, model.n_ctx
+    return model.cfg.n_loops, model.cfg.n_ctx
 
 
 def _identity(model: LoopedLM | ForeignModel) -> dict[str, Any]:
@@ -271,51 +339,6 @@ def _identity(model: LoopedLM | ForeignModel) -> dict[str, Any]:
     }
 
 
-def absent(trace: LoopTrace, readouts: bool) -> dict[str, str]:
-    """Measures that are left out, each with the reason: what a model does not have is absent, not zero."""
-    reasons: list[tuple[bool, tuple[str, ...], str]] = [
-        (not readouts, ("nll_usable", "withheld"), "readouts were not fitted"),
-        (not trace.readable, (*OF_PREDICTIONS, "nll_lens"), "the trace has no head or no tokens"),
-        (trace.offset == 0, OF_THE_OFFSET, "the model has no cross-loop position offset"),
-        (trace.gate is None, ("gate_mean",), "no loop of this run blends attention, so there is no gate"),
-        (trace.coda is None, ("nll_lens",), "no coda stands before the head, so exits are the plain logit lens"),
-        (trace.leave is None, ("exit_probability",), "the model has no exit gate"),
-    ]
-    return {name: why for applies, names, why in reasons if applies for name in names}
-
-
-@torch.no_grad()
-def measure(trace: LoopTrace, rank_tokens: int) -> dict[str, Tensor]:
-    """Every measure of one batch but the readouts, each with the document first; what the model lacks is left out."""
-    return {
-        **(prediction.exits(trace) if trace.readable else {}),
-        "step_size": motion.step_size(trace),
-        "relative_step": motion.relative_step(trace),
-        "radial_share": motion.radial_share(trace),
-        "acceleration": motion.acceleration(trace),
-        "state_cosine": motion.state_cosine(trace),
-        "cos_update": motion.cos_update(trace),
-        "cos_reference": motion.cos_reference(trace),
-        "effective_rank": diversity.document_rank(trace, rank_tokens),
-        "effective_rank_centred": diversity.document_rank(trace, rank_tokens, centred=True),
-        "participation_ratio": diversity.document_rank(
-            trace, rank_tokens, centred=True, of=diversity.participation_ratio
-        ),
-        **(_of_the_offset(trace) if trace.offset else {}),
-        **({} if trace.gate is None else {"gate_mean": attention.gate_mean(trace)}),
-        **(prediction.lens(trace) if trace.readable and trace.coda is not None else {}),
-        **({} if trace.leave is None else {"exit_probability": prediction.exit_probability(trace)}),
-    }
-
-
-def _of_the_offset(trace: LoopTrace) -> dict[str, Tensor]:
-    return {
-        "omega": offset.omega(trace),
-        "omega_relative": offset.omega_relative(trace),
-        "omega_random": offset.omega_random(trace),
-    }
-
-
 def weights_hash(model: LoopedLM) -> str:
     """sha256 over the names and values of all weights, as loaded: another dtype is another hash."""
     digest = hashlib.sha256()
@@ -326,21 +349,31 @@ def weights_hash(model: LoopedLM) -> str:
 
 
 def _dataset(
-    parts: list[dict[str, Tensor]], documents: Sequence[TokenDocument], n_loops: int, provenance: dict[str, Any]
+    found: dict[str, Tensor],
+    report: Sequence[TokenDocument],
+    loops: tuple[int, ...],
+    run: _Run,
+    provenance: dict[str, Any],
 ) -> xr.Dataset:
-    """All batches as one dataset; measures that were not taken are left out."""
+    """All measures that were taken as one dataset."""
     variables = {}
     for name, (units, state, long_name) in DEFINITIONS.items():
-        if name in parts[0]:
-            values = torch.cat([part[name].cpu() for part in parts]).double().numpy()
-            dims = (*PER_LOOP, "layer", "head")[: values.ndim]
+        if name in found:
+            values = found[name].double().cpu().numpy()
+            dims = dimensions(name, values.ndim)
             variables[name] = (dims, values, {"units": units, "state": state, "long_name": long_name})
-    return xr.Dataset(
-        variables,
-        coords={
-            "document": [document.name for document in documents],
-            "source": ("document", [document.source for document in documents]),
-            "loop": np.arange(n_loops + 1),
-        },
-        attrs={"provenance": json.dumps(provenance, sort_keys=True)},
-    )
+    there = {dim for dims, _, _ in variables.values() for dim in dims}
+    coords = {
+        "document": [document.name for document in report],
+        "loop": list(loops),
+        "loop_b": list(loops),
+        "rule": [*exit_rules.RULES, exit_rules.ORACLE],
+        "tokens": rarefied(run.rank_tokens),
+        "position": attention.octaves(run.longest),
+        "token_class": list(TOKEN_CLASSES),
+    }
+    chosen_coords: dict[str, Any] = {dim: values for dim, values in coords.items() if dim in there | {"loop"}}
+    chosen_coords["source"] = ("document", [document.source for document in report])
+    if "rule" in there:
+        chosen_coords["exit_rule_threshold"] = (("rule", "setting"), exit_rules.thresholds().numpy())
+    return xr.Dataset(variables, chosen_coords, {"provenance": json.dumps(provenance, sort_keys=True)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,3 +17,12 @@ def whole(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files into a folder, which is made if needed, each whole or not at all; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        with whole(folder / name) as partial:
+            partial.write_bytes(content)
+    return [folder / name for name in contents]

@@ -51,11 +51,11 @@ Named = tuple[str, int]  # kind ("exit", "carry", "shifted") and loop
 
 def _inputs(trace: LoopTrace) -> Iterator[tuple[Named, Tensor, Tensor | None]]:
     """Each translator's name, its input [document, pos, d_model], and for exits the state it is added to."""
-    for loop in range(trace.n_loops + 1):
-        yield ("exit", loop), trace.readout[loop], trace.exit_state[loop]
-    for loop in range(2, trace.n_loops + 1) if trace.offset else ():
-        yield ("carry", loop), trace.carry[loop - 1], None
-        yield ("shifted", loop), shift(trace.carry[loop - 1], trace.offset, trace.mask), None
+    for place, loop in enumerate(trace.loops):
+        yield ("exit", loop), trace.readout[place], trace.exit_state[place]
+    for place, loop in list(enumerate(trace.loops))[2:] if trace.offset else ():
+        yield ("carry", loop), trace.carry[place - 1], None
+        yield ("shifted", loop), shift(trace.carry[place - 1], trace.offset, trace.mask), None
 
 
 class Translator(nn.Module):
@@ -95,12 +95,11 @@ class Readouts:
             name: over_tokens(_losses(self.translators[name], trace, x, state)[None], predicts)
             for name, x, state in _inputs(trace)
         }
-        usable = {"nll_usable": torch.cat([nll["exit", loop] for loop in range(trace.n_loops + 1)], dim=1)}
+        usable = {"nll_usable": torch.cat([nll["exit", loop] for loop in trace.loops], dim=1)}
         if not trace.offset:
             return usable
         undefined = torch.full_like(nll["exit", 0], float("nan"))
-        loops = range(2, trace.n_loops + 1)
-        withheld = [nll["shifted", loop] - nll["carry", loop] for loop in loops]
+        withheld = [nll["shifted", loop] - nll["carry", loop] for loop in trace.loops[2:]]
         return usable | {"withheld": torch.cat([undefined, undefined, *withheld], dim=1)}
 
 
@@ -123,7 +122,7 @@ def fit_readouts(
     if len(sources) < FOLDS:
         raise InputError(
             f"Readouts are fitted on documents of at least {FOLDS} sources, and were given {len(sources)}: "
-            "give more, or diagnose with readouts=False."
+            "give more, or leave the measures of the group readouts out."
         )
     fold_of = {source: index % FOLDS for index, source in enumerate(sources)}
     losses: defaultdict[tuple[Named, float], float] = defaultdict(float)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,16 +20,18 @@ States = Float[Tensor, "loop document pos d_model"]
 
 @dataclass(frozen=True)
 class LoopTrace:
-    """Hidden states of one batch at every loop boundary.
+    """Hidden states of one batch at loop boundaries.
 
-    The first axis of the states is the loop, 0..R; 0 is what loop 1 starts from: the embedding E (after the prelude,
-    where there is one), or the random initial state of models that have one.
+    The first axis of the states is the loop, 0..R, or 0 and some of them; 0 is what loop 1 starts from: the embedding E
+    (after the prelude, where there is one), or the random initial state of models that have one. Where only some loops
+    were kept, what a measure says of loop r - 1 is said of the kept loop before.
 
     Attributes:
         input_ids: Tokens [document, pos]; None where only states are known, which measures of the prediction refuse.
         mask: True on real tokens [document, pos].
         raw: Y_r, the output of the last layer.
-        carry: Z_r, what loop r hands to the next loop before the offset.
+        carry: Z_r, what loop r hands to the next loop before the offset. Where only some loops were kept, what was
+            handed into the next kept loop.
         readout: What a head reads after loop r: N(Y_r), or with a coda N of its output.
         offset: Cross-loop position offset of the model, in tokens.
         norm: The model's final norm N.
@@ -39,6 +41,9 @@ class LoopTrace:
         coda: Raw output of the coda after loop r, of which the readout is N; None where no coda stands before the head.
         leave: Probability that the model's exit gate leaves after loop r, once there, NaN at loop 0; None without a
             gate.
+        at: The loops that were kept, 0 first; None when all were.
+        following: Y of one loop more, where `with_maps` ran it: Y_{r+1} at loop r.
+        mapped: f(Y_r), f the layers alone, where `with_maps` ran them: no injection, no offset, own keys and values.
     """
 
     input_ids: Int[Tensor, "document pos"] | None
@@ -52,6 +57,9 @@ class LoopTrace:
     gate: Float[Tensor, "loop layer document pos head"] | None = None
     coda: States | None = None
     leave: Float[Tensor, "loop document pos"] | None = None
+    at: tuple[int, ...] | None = None
+    following: States | None = None
+    mapped: States | None = None
 
     def __repr__(self) -> str:
         documents, pos, d_model = self.raw.shape[1:]
@@ -60,7 +68,12 @@ class LoopTrace:
     @property
     def n_loops(self) -> int:
         """R, the loops that were run."""
-        return len(self.raw) - 1
+        return self.loops[-1]
+
+    @property
+    def loops(self) -> tuple[int, ...]:
+        """Numbers of the kept loops, 0 first."""
+        return self.at or tuple(range(len(self.raw)))
 
     @property
     def normed(self) -> States:
@@ -205,54 +218,63 @@ def record(
     batch: Batch,
     n_loops: int | None = None,
     *,
+    at: Sequence[int] | None = None,
     seed: int = 0,
     on_attention: Callable[[AttentionInputs, Tensor], None] | None = None,
+    on_layer: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> LoopTrace:
     """Run a model on a batch and keep what left each loop.
 
     Args:
         model: The model.
         batch: Padded tokens with their mask.
-        n_loops: Loops to run; the trained number when None.
+        n_loops: Loops to run; the trained number, or the last of `at`, when None.
+        at: Loops to keep, from 1 on; all when None.
         seed: Of the initial state, where a model draws one.
-        on_attention: Called with the inputs of every attention of the loops and the mask, in the order of the run.
+        on_attention: Called with the inputs of every attention of the kept loops and the mask, in the order of the run.
+        on_layer: Called with loop, layer, the state after the layer and the mask, likewise.
 
     Raises:
-        ValueError: `n_loops` below 1.
+        ValueError: `n_loops` below 1, or `at` that does not rise from 1 to it.
     """
     cfg = model.cfg
-    n_loops = cfg.n_loops if n_loops is None else n_loops
+    n_loops = (at[-1] if at else cfg.n_loops) if n_loops is None else n_loops
     model.ensure_loops(n_loops)
+    loops = kept_loops(n_loops, at)
     device = model.embed.weight.device
     input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()
-    loops = range(1, n_loops + 1)
     start = (
         "hook_initial_state" if cfg.initial_state == "random" else "prelude.hook_out" if cfg.n_prelude else "hook_embed"
     )
-    points = ["hook_out_pre_norm", "hook_out", "hook_readout"]
-    points += (["hook_coda_out"] if cfg.n_coda else []) + (["hook_exit_gate"] if cfg.exit_gate else [])
+    points = ["hook_out_pre_norm", "hook_readout"]
+    points += ["hook_coda_out"] if cfg.n_coda else []
+    # Whether a token is still there after loop r depends on every loop before.
+    points += ["hook_exit_gate"] if cfg.exit_gate and at is None else []
     # Each state goes straight to its place: beside the trace, no state is held twice.
     whole: dict[str, Tensor] = {}
 
     def keep(point: str, *place: int) -> Callable[..., None]:
         def hook(value: Tensor, hook: Any) -> None:
             if point not in whole:
-                size = (n_loops + 1, cfg.n_layers) if point == "attn.hook_gate" else (n_loops + 1,)
+                size = (len(loops) + 1, cfg.n_layers) if point == "attn.hook_gate" else (len(loops) + 1,)
                 whole[point] = value.new_full((*size, *value.shape), float("nan"))
             whole[point][place] = value
 
         return hook
 
     hooks: list[tuple[str | Callable, Callable]] = [(start, keep("hook_out_pre_norm", 0))]
-    hooks += [(f"loops.{loop}.{point}", keep(point, loop)) for loop in loops for point in points]
-    hooks += [
-        (f"loops.{loop}.blocks.{layer}.attn.hook_gate", keep("attn.hook_gate", loop, layer))
-        for loop in loops
-        for layer in range(cfg.n_layers)
-        if loop > 1 and cfg.memory == "first"
-    ]
+    for place, loop in enumerate(loops, 1):
+        hooks += [(f"loops.{loop}.{point}", keep(point, place)) for point in points]
+        hands_on = loop if place == len(loops) else loops[place] - 1
+        hooks.append((f"loops.{hands_on}.hook_out", keep("hook_out", place)))
+        for layer in range(cfg.n_layers):
+            at_layer = f"loops.{loop}.blocks.{layer}."
+            if loop > 1 and cfg.memory == "first":
+                hooks.append((f"{at_layer}attn.hook_gate", keep("attn.hook_gate", place, layer)))
+            if on_layer is not None:
+                hooks.append((f"{at_layer}hook_resid_post", _telling(on_layer, loop, layer, mask)))
     if on_attention is not None:
-        hooks += _attention_hooks(cfg, n_loops, mask, on_attention)
+        hooks += _attention_hooks(cfg, loops, mask, on_attention)
     model.run_with_hooks(input_ids, mask, n_loops=n_loops, seed=seed, return_type="last", fwd_hooks=hooks)
     first = whole["hook_out_pre_norm"][0]
     if cfg.n_coda:
@@ -271,11 +293,72 @@ def record(
         gate=whole.get("attn.hook_gate"),
         coda=whole.get("hook_coda_out"),
         leave=whole.get("hook_exit_gate"),
+        at=None if at is None else (0, *loops),
     )
 
 
+def kept_loops(n_loops: int, at: Sequence[int] | None) -> tuple[int, ...]:
+    """The loops of a run that are kept.
+
+    Raises:
+        ValueError: `at` does not rise from 1 to `n_loops`.
+    """
+    if at is None:
+        return tuple(range(1, n_loops + 1))
+    whole = all(isinstance(loop, int) and not isinstance(loop, bool) for loop in at)
+    if not whole or list(at) != sorted(set(at)) or not at or at[0] != 1 or at[-1] != n_loops:
+        raise ValueError(
+            f"at = {list(at)} is not allowed: it must be loop numbers that rise from 1 to the last loop of the run, "
+            f"{n_loops}, such as [1, 2, 4, 8]."
+        )
+    return tuple(at)
+
+
+@torch.no_grad()
+def with_maps(model: LoopedLM, batch: Batch, trace: LoopTrace, *, seed: int = 0) -> LoopTrace:
+    """A trace with what the loop's map makes of each kept state: `following` and `mapped`.
+
+    `following` is a run with one loop more: the map as the model really runs it. `mapped` passes Y_r through the
+    layers alone, as loop 1 does with E, one loop at a time: the paper's f(h). Costs about two more runs.
+
+    Args:
+        model: The model.
+        batch: What the trace was recorded on.
+        trace: As `record` gave it.
+        seed: As for `record`.
+    """
+    ids, mask = batch.input_ids.to(trace.mask.device), trace.mask
+    following, mapped = torch.full_like(trace.raw, float("nan")), torch.full_like(trace.raw, float("nan"))
+
+    def keep(into: Tensor) -> Callable[..., None]:
+        def hook(value: Tensor, hook: Any) -> None:
+            into.copy_(value)
+
+        return hook
+
+    more = trace.n_loops + 1
+    hooks: list[tuple[str | Callable, Callable]] = [
+        (f"loops.{loop + 1}.hook_out_pre_norm", keep(following[place])) for place, loop in enumerate(trace.loops)
+    ]
+    run: dict[str, Any] = {"seed": seed, "return_type": "last"}
+    model.ensure_loops(more)
+    model.run_with_hooks(ids, mask, n_loops=more, fwd_hooks=hooks, **run)
+    for place in range(len(trace.raw)):
+        start = trace.raw[place]
+        hooks = [
+            ("loops.1.hook_in", lambda value, hook, start=start: start.clone()),
+            ("loops.1.hook_out_pre_norm", keep(mapped[place])),
+        ]
+        model.run_with_hooks(ids, mask, n_loops=1, fwd_hooks=hooks, **run)
+    return replace(trace, following=following, mapped=mapped)
+
+
+def _telling(tell: Callable[..., None], loop: int, layer: int, mask: Tensor) -> Callable[..., None]:
+    return lambda value, hook: tell(loop, layer, value, mask)
+
+
 def _attention_hooks(
-    cfg: LoopedConfig, n_loops: int, mask: Tensor, tell: Callable[[AttentionInputs, Tensor], None]
+    cfg: LoopedConfig, loops: Sequence[int], mask: Tensor, tell: Callable[[AttentionInputs, Tensor], None]
 ) -> list[tuple[str | Callable, Callable]]:
     """Hooks that collect what each attention works from, and tell once it is together."""
     memory: dict[int, Tensor] = {}  # loop 1's keys by layer
@@ -296,7 +379,7 @@ def _attention_hooks(
         return hook
 
     hooks: list[tuple[str | Callable, Callable]] = []
-    for loop in range(1, n_loops + 1):
+    for loop in loops:
         points = ("rot_q", "rot_k", "gate") if loop > 1 and cfg.memory == "first" else ("rot_q", "rot_k")
         for layer in range(cfg.n_layers):
             at = f"loops.{loop}.blocks.{layer}.attn.hook_"

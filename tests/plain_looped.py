@@ -7,8 +7,8 @@ E is the embedding, passed through the prelude where there is one, N the final n
 and carry, and shift moves a state `offset` tokens to the right, zeros entering at the start:
 
     B_1 = E, or what any other loop makes of a random Z_0                                        hook_in
-    B_r = a*E + b*shift(Z_{r-1})             (injection "none": shift(Z_{r-1}),
-                                              "concat": A [shift(Z_{r-1}); E])
+    S_r = shift(Z_{r-1})                                                                         hook_carry
+    B_r = a*E + b*S_r                        (injection "none": S_r, "concat": A [S_r; E])
     Y_r = layers(B_r)                                                                            hook_out_pre_norm
     Z_r = N(Y_r) when the model normalises between loops, or before a head that follows at once, else Y_r     hook_out
     N(Y_r), or with a coda N(coda(Z_r)): what the head reads after loop r                        hook_readout
@@ -48,7 +48,10 @@ def plain_run(cfg, weights, tokens, n_loops, initial_state=None):
         carry = states["hook_initial_state"] = initial_state
     for loop in range(1, n_loops + 1):
         at = f"loops.{loop}."
-        x = start if carry is None else next_input(cfg, weights, start, carry)
+        x = start
+        if carry is not None:
+            states[at + "hook_carry"] = shifted(carry, cfg.offset)
+            x = next_input(cfg, weights, start, states[at + "hook_carry"])
         states[at + "hook_in"] = x
         for layer in range(cfg.n_layers):
             shared = memory[layer] if cfg.memory == "first" else None
@@ -90,12 +93,18 @@ def coda(cfg, weights, x):
     return x, states
 
 
+def shifted(carry, offset):
+    """The carry of the token `offset` places to the left; zeros where there is none."""
+    return torch.stack(
+        [carry[pos - offset] if pos >= offset else torch.zeros_like(carry[0]) for pos in range(len(carry))]
+    )
+
+
 def next_input(cfg, weights, start, carry):
-    """What enters a loop: the carry of the token `offset` places to the left, and E."""
+    """What enters a loop: the shifted carry, and E."""
     rows = []
     for pos in range(len(start)):
-        source = pos - cfg.offset
-        carried = carry[source] if source >= 0 else torch.zeros_like(carry[0])
+        carried = carry[pos]
         if cfg.injection == "add":
             carried = cfg.embed_scale * start[pos] + cfg.carry_scale * carried
         if cfg.injection == "concat":

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import xarray as xr
 
-from loopdiag.diagnosis import DEFINITIONS, SCHEMA, Diagnosis, absent
+from loopdiag.diagnosis import SCHEMA, Diagnosis
+from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, absent, dimensions
+from loopdiag.measures.attention import octaves
 
 EMBEDDING_NLL = 12.0
 LAYERS, HEADS = 2, 4
+POSITIONS = octaves(64)
 
 # The first loop at which a measure is defined; 0 for those not named.
 FIRST_LOOP = {
@@ -18,7 +21,9 @@ FIRST_LOOP = {
     **dict.fromkeys(("changed", "fixed", "broken"), 1),
     **dict.fromkeys(("acceleration", "breadth"), 2),
     **dict.fromkeys(("cos_update", "cos_reference", "withheld", "gate_mean"), 2),
-    **dict.fromkeys(("omega", "omega_relative", "omega_random"), 2),
+    **dict.fromkeys(("omega", "omega_relative", "omega_random", "gate_by_position"), 2),
+    **{name: 1 + name.endswith(("_global", "_local", "_window")) for name in GROUPS["attention"] if "gate" not in name},
+    **{"attention_kl": 2, "attention_kl_global": 2, "attention_kl_local": 3},
 }
 
 
@@ -77,29 +82,43 @@ def diagnosis_of(
     truths = _truths(nll.mean(0)) | dict(curves or {})
     for name, truth in truths.items():
         values[name] = scale[:, None] * np.asarray(truth, dtype=float)
-    if gated:
-        values["gate_mean"] = (
-            values["gate_mean"][:, :, None, None] * np.linspace(0.9, 1.1, HEADS) * np.ones((LAYERS, 1))
-        )
+    for name in GROUPS["attention"]:
+        last = len(POSITIONS) if name == "gate_by_position" else HEADS
+        values[name] = values[name][:, :, None, None] * np.linspace(0.9, 1.1, last) * np.ones((LAYERS, 1))
+    values["motion_label"] = np.zeros(documents)
+    values["hsic"] = scale[:, None, None] * 0.8 ** abs(
+        np.subtract.outer(np.arange(n_loops + 1), np.arange(n_loops + 1))
+    )
+    groups = [group for group in DEFAULT_GROUPS if readouts or group != "readouts"]
+    has = {"omega": offset, "withheld": offset, "gate": gated, "nll_lens": coda, "exit_probability": exit_gate}
+    taken = [
+        name
+        for group in groups
+        for name in GROUPS[group]
+        if all(there or not name.startswith(part) for part, there in has.items())
+        and (gated or not name.endswith(("_global", "_local", "_window")))
+    ]
     parts = {"offset": int(offset), "gate": gated or None, "coda": coda or None, "leave": exit_gate or None}
-    left_out = absent(SimpleNamespace(readable=True, **parts), readouts)
-    about = _provenance(documents, n_loops, trained_loops or n_loops) | {"absent": left_out}
+    left_out = absent(SimpleNamespace(readable=True, at=None, **parts), taken, groups)
+    about = _provenance(documents, n_loops, trained_loops or n_loops) | {"measures": groups, "absent": left_out}
     names = [f"document {document}" for document in range(documents)]
     return Diagnosis(
         xr.Dataset(
             {
                 name: (
-                    ("document", "loop", "layer", "head")[: values[name].ndim],
+                    dimensions(name, values[name].ndim),
                     values[name],
                     {"units": units, "state": state, "long_name": long_name},
                 )
                 for name, (units, state, long_name) in DEFINITIONS.items()
-                if name not in left_out
+                if name in taken
             },
             coords={
                 "document": names,
                 "source": ("document", names if sources is None else list(sources)),
                 "loop": np.arange(n_loops + 1),
+                "loop_b": np.arange(n_loops + 1),
+                **({"position": POSITIONS} if gated else {}),
             },
             attrs={"provenance": json.dumps(about, sort_keys=True)},
         )
@@ -141,6 +160,11 @@ def _truths(nll):
         "omega_relative": 0.9 + 0.0 * loop,
         "omega_random": 12.0 + 0.0 * loop,
         "gate_mean": 0.6 + 0.0 * loop,
+        "gate_by_position": 0.6 + 0.0 * loop,
+        **{name: 2.0 - 0.1 * loop for name in GROUPS["attention"] if name.startswith("attention_entropy")},
+        **{name: 0.3 + 0.0 * loop for name in GROUPS["attention"] if "relative" in name or "sink" in name},
+        **dict.fromkeys(("attention_window", "attention_window_global"), 0.5 + 0.0 * loop),
+        **dict.fromkeys(("attention_kl", "attention_kl_global", "attention_kl_local"), 0.4 * shrinking),
         "nll_lens": nll + 0.2,
         "exit_probability": np.full(len(nll), 1 / (len(nll) - 1)),
     }
@@ -155,6 +179,7 @@ def _provenance(documents, run_loops, trained_loops):
         "config": {"n_loops": trained_loops},
         "trained_loops": trained_loops,
         "run_loops": run_loops,
+        "measured_loops": list(range(1, run_loops + 1)),
         "corpus": "a planted corpus",
         "corpus_sha256": "0" * 64,
         "documents": documents,

@@ -10,9 +10,10 @@ import pytest
 from planted import FIRST_LOOP, diagnosis_of, planted
 
 import loopdiag
-from loopdiag.diagnosis import DEFINITIONS, Diagnosis, diagnose
+from loopdiag.diagnosis import Diagnosis, diagnose
 from loopdiag.gaincost import gain_cost, recommend
 from loopdiag.gaincost.answer import answer, dumps
+from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, by_loop
 
 DOCUMENTED = Path(__file__).parents[1] / "docs" / "json.md"
 
@@ -22,6 +23,7 @@ ANSWER = {
     "model": str,
     "trained_loops": int,
     "run_loops": int,
+    "measured_loops": list,
     "documents": int,
     "tokens": int,
     "price_nats_per_loop": float,
@@ -48,7 +50,9 @@ ROW = {
     "nll_exit": float,
     "gain": float,
     "cost": float,
-} | dict.fromkeys(set(DEFINITIONS) - {"nll_exit", "gain", "cost"}, float | None)
+} | dict.fromkeys({name for name in DEFINITIONS if by_loop(name)} - {"nll_exit", "gain", "cost"}, float | None)
+
+DEFAULT_NAMES = [name for group in DEFAULT_GROUPS for name in GROUPS[group]]
 
 # Named by the issue, whatever else a row may hold.
 ROW_OF_THE_ISSUE = {
@@ -111,7 +115,8 @@ def test_contract(n_loops, has):
 
 def test_contract_is_what_the_documentation_says():
     """The keys of the tables in docs/json.md, first those of the answer, then those of a row."""
-    tables = DOCUMENTED.read_text(encoding="utf-8").split("A row of `loops`")
+    text, _, _ = DOCUMENTED.read_text(encoding="utf-8").partition("`loopdiag info MODEL --json`")
+    tables = text.split("A row of `loops`")
     documented = [re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.M))) for table in tables]
     assert [sorted(keys) for keys in documented] == [sorted(ANSWER), sorted(ROW)]
 
@@ -154,14 +159,16 @@ def test_answer_by_hand():
 
 def test_undefined_is_null():
     """What a loop has no value for is null at that loop only; a measure that was not taken is null at all."""
-    nowhere = {"nll_lens", "exit_probability"}
-    assert nulls_of(planted([4.0, 3.5, 3.4], coda=True, exit_gate=True)) == nulls_at_1()
-    assert nulls_of(planted([4.0, 3.5, 3.4])) == nulls_at_1() | everywhere(nowhere)
+    nowhere = {name for name in DEFINITIONS if by_loop(name)} - set(DEFAULT_NAMES)
+    assert nulls_of(planted([4.0, 3.5, 3.4], coda=True, exit_gate=True)) == early_nulls() | everywhere(nowhere)
+    nowhere |= {"nll_lens", "exit_probability"}
+    assert nulls_of(planted([4.0, 3.5, 3.4])) == early_nulls() | everywhere(nowhere)
     nowhere |= {"nll_usable", "withheld", "gate_mean"}
-    assert nulls_of(planted([4.0, 3.5, 3.4], readouts=False, gated=False)) == nulls_at_1() | everywhere(nowhere)
+    nowhere |= {name for name in GROUPS["attention"] if name.endswith(("_global", "_local", "_window"))}
+    assert nulls_of(planted([4.0, 3.5, 3.4], readouts=False, gated=False)) == early_nulls() | everywhere(nowhere)
     nowhere |= {"omega", "omega_relative", "omega_random"}
     without = planted([4.0, 3.5, 3.4], readouts=False, gated=False, offset=False)
-    assert nulls_of(without) == nulls_at_1() | everywhere(nowhere)
+    assert nulls_of(without) == early_nulls() | everywhere(nowhere)
 
 
 def nulls_of(diagnosis):
@@ -169,8 +176,8 @@ def nulls_of(diagnosis):
     return {(row["loop"], key) for row in told(diagnosis)["loops"] for key, value in row.items() if value is None}
 
 
-def nulls_at_1():
-    return {(1, key) for key, first in FIRST_LOOP.items() if first == 2}
+def early_nulls():
+    return {(loop, key) for key, first in FIRST_LOOP.items() if by_loop(key) for loop in range(1, first)}
 
 
 def everywhere(names):
@@ -182,18 +189,25 @@ def test_what_the_model_lacks_is_said():
 
     Which a measure is left out for depends on the model: a reason of its own each.
     """
-    assert told(planted([4.0, 3.5], coda=True, exit_gate=True))["absent"] == {}
-    given = told(planted([4.0, 3.5], offset=False, gated=False, readouts=False))
-    no_offset, no_readouts = "the model has no cross-loop position offset", "readouts were not fitted"
-    assert given["absent"] == given["provenance"]["absent"]
-    assert {name: why for name, why in given["absent"].items() if name not in ("withheld", "nll_lens")} == {
-        **dict.fromkeys(("omega", "omega_relative", "omega_random"), no_offset),
-        "nll_usable": no_readouts,
-        "gate_mean": "no loop of this run blends attention, so there is no gate",
-        "exit_probability": "the model has no exit gate",
+    not_asked = {
+        name: f"the group {group} was not asked for"
+        for group in set(GROUPS) - set(DEFAULT_GROUPS)
+        for name in GROUPS[group]
     }
-    assert given["absent"]["withheld"] in (no_offset, no_readouts)
-    assert "coda" in given["absent"]["nll_lens"]
+    assert told(planted([4.0, 3.5], coda=True, exit_gate=True))["absent"] == not_asked
+    given = told(planted([4.0, 3.5], offset=False, gated=False, readouts=False))
+    assert given["absent"] == given["provenance"]["absent"]
+    of_the_gate = [name for name in GROUPS["attention"] if name.endswith(("_global", "_local", "_window"))]
+    assert given["absent"] == not_asked | {
+        **dict.fromkeys(("omega", "omega_relative", "omega_random"), "the model has no cross-loop position offset"),
+        **dict.fromkeys(("nll_usable", "withheld"), "the group readouts was not asked for"),
+        **dict.fromkeys(
+            (*of_the_gate, "gate_mean", "gate_by_position"),
+            "no loop of this run blends attention, so there is no gate and one map",
+        ),
+        "exit_probability": "the model has no exit gate",
+        "nll_lens": "no coda stands before the head, so exits are the plain logit lens",
+    }
 
 
 def test_documents_without_a_value_are_left_out_of_a_mean():
@@ -262,7 +276,8 @@ def test_intervals_follow_the_seed_of_the_recommendation():
 
 def short_diagnosis(model):
     """24 bundled documents to report on, cut short, no readouts."""
-    return diagnose(model, loopdiag.corpus.bundled().take(48), readouts=False, max_tokens=96)
+    groups = [group for group in DEFAULT_GROUPS if group != "readouts"]
+    return diagnose(model, loopdiag.corpus.bundled().take(48), measures=groups, max_tokens=96)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +306,7 @@ def test_planted_diagnoses_have_the_form_of_real_ones(real):
         assert fake.data[name].dims == values.dims
         assert fake.data[name].attrs == values.attrs
         assert fake.data[name].dtype == values.dtype
-        for made in (fake, real):
+        for made in (fake, real) if values.dims[:2] == ("document", "loop") and name != "hsic" else ():
             undefined = np.isnan(made.data[name].values).reshape(24, n_loops + 1, -1)
             assert undefined[:, : FIRST_LOOP.get(name, 0)].all(), name
             assert not undefined[:, FIRST_LOOP.get(name, 0) :].any(), name

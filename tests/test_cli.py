@@ -70,7 +70,14 @@ def test_a_saved_diagnosis_answers_the_same_without_the_model(answered):
     folder, _ = answered
     again = run("recommend", folder / "d.nc", "--json", "-", "--quiet")
     assert again.stdout == (folder / "a.json").read_text()
-    settled = (["--loops", "2"], ["--dtype", "bfloat16"], ["--batch-size", "4"], ["--device", "cpu"])
+    settled = (
+        ["--loops", "2"],
+        ["--at", "1,2"],
+        ["--measures", "all"],
+        ["--dtype", "bfloat16"],
+        ["--batch-size", "4"],
+        ["--device", "cpu"],
+    )
     for option, *value in (*settled, ["--revision", "main"], ["--offline"]):
         refused = run("recommend", folder / "d.nc", option, *value)
         expect_refusal(refused, f"{option} cannot change the saved diagnosis")
@@ -293,7 +300,11 @@ PLAIN = {"offset": 0, "memory": "own", "injection": "none"}
 HUGINN = {"initial_state": "random", "injection": "concat", "n_prelude": 1, "n_coda": 1, "norm_before_coda": True}
 HUGINN |= {"offset": 0, "memory": "own", "norms": "pre_post", "norm_between_loops": False}
 NO_OFFSET = "omega, omega_random, omega_relative, withheld (the model has no cross-loop position offset)"
-NO_GATE = "gate_mean (no loop of this run blends attention, so there is no gate)"
+NO_GATE = (
+    "attention_entropy_global, attention_entropy_local, attention_entropy_relative_global, "
+    "attention_entropy_relative_local and 8 more "
+    "(no loop of this run blends attention, so there is no gate and one map)"
+)
 NO_CODA = "nll_lens (no coda stands before the head, so exits are the plain logit lens)"
 NO_EXIT_GATE = "exit_probability (the model has no exit gate)"
 
@@ -333,10 +344,8 @@ def test_what_the_model_lacks_is_noted(tmp_path, changes, said):
     assert sorted(notes) == sorted(said)
     assert result.stdout == f"{tmp_path / 'd.nc'}\n"
     told = json.loads(run("recommend", tmp_path / "d.nc", "--json", "-").stdout)
-    reasons = {}
-    for name, why in sorted(told["absent"].items()):
-        reasons.setdefault(why, []).append(name)
-    assert sorted(f"{', '.join(names)} ({why})" for why, names in reasons.items()) == sorted(said)
+    reasons = {why for why in told["absent"].values() if not why.endswith("was not asked for")}
+    assert reasons == {note.rpartition(" (")[2].removesuffix(")") for note in said}
     table = run("recommend", tmp_path / "d.nc")
     assert table.exit_code in (cli.Exit.ANSWERED, cli.Exit.UNDETERMINED)
     assert ("logit" in table.stdout) is (NO_CODA not in said)
@@ -345,7 +354,10 @@ def test_what_the_model_lacks_is_noted(tmp_path, changes, said):
 
 
 def test_more_loops_or_fewer_change_nothing_about_what_is_absent(tmp_path):
-    """A random start, a coda and an exit gate work at any loop count, and the seed says which start."""
+    """A random start, a coda and an exit gate work at any loop count, and the seed says which start.
+
+    One loop has no loop before, from which attention could diverge.
+    """
     model = saved_model(tmp_path / "model", **HUGINN, exit_gate=True)
     texts, answers = saved_texts(tmp_path / "texts.jsonl"), {}
     for loops, seed in (("1", "0"), ("5", "0"), ("5", "1")):
@@ -359,7 +371,68 @@ def test_more_loops_or_fewer_change_nothing_about_what_is_absent(tmp_path):
     one, five, other = (answers[key]["loops"][0]["nll_exit"] for key in answers)
     assert one == pytest.approx(five, rel=1e-6)
     assert other != pytest.approx(five, rel=1e-6)
-    assert len({json.dumps(told["absent"]) for told in answers.values()}) == 1
+    absent = [told["absent"].keys() for told in answers.values()]
+    assert absent[0] == absent[1] | {"attention_kl"}
+    assert absent[1] == absent[2]
+
+
+# -- what is measured, and at which loops ----------------------------------------------------------------
+
+
+def test_groups_of_measures(tmp_path):
+    """What is asked for is there, with the answer, and nothing else is."""
+    model, texts = saved_model(tmp_path / "model"), saved_texts(tmp_path / "texts.jsonl")
+    saved = tmp_path / "d.nc"
+    result = run("diagnose", model, "--data", texts, "--measures", "prediction, heads", "--save", saved, "--quiet")
+    assert result.exit_code == 0, result.output
+    diagnosis = ld.Diagnosis.load(saved)
+    assert diagnosis.provenance["measures"] == ["prediction", "heads"]
+    assert (
+        {"nll_exit", "head_rank"}
+        <= set(diagnosis.data)
+        <= {
+            *ld.measures.GROUPS["prediction"],
+            *ld.measures.GROUPS["heads"],
+        }
+    )
+    table = run("recommend", saved)
+    assert table.exit_code in (cli.Exit.ANSWERED, cli.Exit.UNDETERMINED), table.output
+    assert re.search(r"^ +2 .* -  +- +- \(-\)", table.stdout, re.M)  # usable NLL, rank, cos
+
+
+def test_some_loops_of_many(tmp_path):
+    """`--at` measures these loops, and says so; what they read is what the whole run reads there."""
+    model, texts = saved_model(tmp_path / "model"), saved_texts(tmp_path / "texts.jsonl")
+    arguments = ["recommend", model, "--data", texts, "--measures", "prediction", "--quiet", "--json", "-"]
+    some = json.loads(run(*arguments, "--at", "1,2,4,6").stdout)
+    every = json.loads(run(*arguments, "--loops", "6").stdout)
+    assert (some["measured_loops"], some["run_loops"]) == ([1, 2, 4, 6], 6)
+    assert [row["loop"] for row in some["loops"]] == list(map(int, some["support"])) == [1, 2, 4, 6]
+    at = {row["loop"]: row["nll_exit"] for row in every["loops"]}
+    for row in some["loops"]:
+        assert row["nll_exit"] == pytest.approx(at[row["loop"]], rel=1e-6)
+    assert some["loops"][2]["net_gain"] == pytest.approx(at[2] - at[4], abs=1e-6)
+    table = run("recommend", model, "--data", texts, "--measures", "prediction", "--at", "1,2,4,6").stdout
+    assert "Some loops were measured" in table
+    assert re.search(r"^ +4\* ", table, re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--at", "2,4"], "--at 2,4 is not allowed"),
+        (["--at", "1,4,2"], "--at 1,4,2 is not allowed"),
+        (["--at", "1,x"], "--at 1,x is not allowed"),
+        (["--at", "1,65"], "--at 1,65 is not allowed"),
+        (["--at", ""], "--at is not allowed"),
+        (["--at", "1,4", "--loops", "3"], "--at ends with loop 4 and --loops is 3"),
+        (["--measures", "heads,foo"], "Unknown measures: foo. Allowed are default, all"),
+        (["--measures", "heads"], "--measures heads lacks prediction"),
+    ],
+)
+def test_measures_and_loops_that_cannot_be(arguments, message):
+    """Refused before the model is loaded."""
+    expect_refusal(run("recommend", "no-such-model", *arguments), message)
 
 
 # -- info ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_decoder import make_model
 from tiny import assert_same, padded, random_trace, token_lists, trace_of
 
-from loopdiag.measures.exit_rules import ORACLE, RULES, SETTINGS, exit_loops, state_series, trade_off
+from loopdiag.measures.exit_rules import ORACLE, RULES, SETTINGS, exit_loops, state_series, thresholds, trade_off
 from loopdiag.measures.motion import acceleration, relative_step
 from loopdiag.measures.prediction import exit_series, exits
 from loopdiag.measures.reduce import over_tokens
@@ -102,7 +102,7 @@ def test_every_rule_against_plain_python(n_loops):
     """Loops in 1..R, token by token; the NLL is that of the exit taken, read off by hand. Measured: 1e-15."""
     trace = settling_trace(n_loops=n_loops, exit_gate=True)
     series = series_of(trace)
-    found = trade_off(series, trace.predicts)
+    found = trade_off(series, trace.predicts, trace.loops)
     assert {name: values.shape for name, values in found.items()} == dict.fromkeys(
         ("exit_rule_loops", "exit_rule_nll"), (4, len(NAMES), SETTINGS)
     )
@@ -133,7 +133,7 @@ def test_nobody_beats_the_oracle(seed):
     """Neither a rule at any threshold nor a fixed exit; the oracle takes the best loop of each token."""
     trace = settling_trace(seed, exit_gate=True)
     series = series_of(trace)
-    found = trade_off(series, trace.predicts)
+    found = trade_off(series, trace.predicts, trace.loops)
     best = found["exit_rule_nll"][:, -1, 0]
     assert (found["exit_rule_nll"].nan_to_num(99) >= best[:, None, None] - 1e-12).all()
     assert (exits(trace)["nll_exit"][:, 1:] >= best[:, None] - 1e-12).all()
@@ -146,7 +146,7 @@ def test_nobody_beats_the_oracle(seed):
 def test_thresholds_are_monotone(seed):
     """Laxer is earlier: a larger threshold for what must be small, a smaller one for what must be large."""
     trace = settling_trace(seed, exit_gate=True)
-    loops = trade_off(series_of(trace), trace.predicts)["exit_rule_loops"]
+    loops = trade_off(series_of(trace), trace.predicts, trace.loops)["exit_rule_loops"]
     for index, (name, rule) in enumerate(RULES.items()):
         later = loops[:, index, : len(rule.thresholds)].diff(dim=1)
         assert ((later if name in LATER_WITH_THE_THRESHOLD else -later) >= 0).all(), name
@@ -160,7 +160,7 @@ def test_a_threshold_that_nobody_meets():
     assert set(none) == set(RULES)
     for name, threshold in none.items():
         assert (exit_loops(RULES[name].leaves(series, threshold)) == 4).all(), name
-    found = trade_off(series, trace.predicts)
+    found = trade_off(series, trace.predicts, trace.loops)
     tightest = NAMES.index("latent"), 0  # random states move more than 1e-4 of their length
     assert (found["exit_rule_loops"][:, *tightest] == 4).all()
     assert_same(found["exit_rule_nll"][:, *tightest], exits(trace)["nll_exit"][:, -1], 1e-14)
@@ -170,7 +170,7 @@ def test_states_that_stand_still():
     """Every rule that asks for rest leaves as early as it may: after loop 1, the second difference after loop 3."""
     states = torch.randn(1, 2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat(5, 1, 1, 1)
     trace = trace_of(states, input_ids=torch.ones(2, 8, dtype=torch.long), head=lambda h: h)
-    found = trade_off(series_of(trace), trace.predicts)
+    found = trade_off(series_of(trace), trace.predicts, trace.loops)
     for name, loops in {"latent": 1, "kl": 1, "entropy": 1, "argmax": 1, "acceleration": 3, ORACLE: 1}.items():
         assert (found["exit_rule_loops"][:, NAMES.index(name), 0] == loops).all(), name
     nll = exits(trace)["nll_exit"][:, 0]
@@ -184,13 +184,13 @@ def test_the_gate_is_that_of_the_model():
     batch = padded(token_lists(seed=3, lengths=(9, 4, 12)), left=(1,))
     gate = NAMES.index("gate")
     plain = record(make_model(), batch)
-    for values in trade_off(series_of(plain), plain.predicts).values():
+    for values in trade_off(series_of(plain), plain.predicts, plain.loops).values():
         assert values[:, gate].isnan().all()
         assert values[:, NAMES.index("latent")].isfinite().any()
     model = make_model(exit_gate=True)
     trace = record(model, batch, 5)
     series = series_of(trace)
-    found = trade_off(series, trace.predicts)
+    found = trade_off(series, trace.predicts, trace.loops)
     thresholds = RULES["gate"].thresholds
     seen = set()
     for setting, threshold in enumerate(thresholds):
@@ -213,10 +213,54 @@ def test_padding_and_neighbours_do_not_matter():
 
     def taken(batch):
         trace = record(model, batch)
-        return trade_off(series_of(trace), trace.predicts)
+        return trade_off(series_of(trace), trace.predicts, trace.loops)
 
     together = taken(padded(documents, left=(2,)))
     for index, document in enumerate(documents):
         for name, values in taken(padded([document])).items():
             assert_same(together[name][index], values[0], 1e-11, name)
     assert all(values[1].isnan().all() for values in together.values())
+
+
+def test_the_table_of_thresholds():
+    """One row for each rule and one for the oracle, which has none; where a rule has numbers, it has a threshold."""
+    table = thresholds()
+    assert table.shape == (len(NAMES), SETTINGS)
+    for name, row in zip(NAMES, table, strict=True):
+        own = () if name == ORACLE else RULES[name].thresholds
+        assert row[: len(own)].tolist() == list(own), name
+        assert row[len(own) :].isnan().all(), name
+    trace = settling_trace(exit_gate=True)
+    found = trade_off(series_of(trace), trace.predicts, trace.loops)
+    for values in found.values():
+        assert torch.equal(values[:, :-1].isnan(), table[:-1].isnan().expand(4, -1, -1))
+
+
+def test_loops_have_numbers():
+    """Where only some loops were kept, tokens leave after one of these and have taken as many as it is; NLL as ever."""
+    trace = settling_trace(n_loops=3, exit_gate=True)
+    series = series_of(trace)
+    plain, some = trade_off(series, trace.predicts, [0, 1, 2, 3]), trade_off(series, trace.predicts, (0, 1, 4, 16))
+    assert_same(some["exit_rule_nll"], plain["exit_rule_nll"])
+    none = NAMES.index("confidence"), RULES["confidence"].thresholds.index(0.99)
+    stays = exit_loops(RULES["confidence"].leaves(series, 0.99))
+    taken = torch.tensor([0.0, 1, 4, 16], dtype=torch.float64)[stays]
+    assert_same(some["exit_rule_loops"][:, *none], over_tokens(taken[None], trace.predicts)[:, 0], 1e-13)
+    assert some["exit_rule_loops"].nan_to_num(1).max() <= 16
+    assert_same(trade_off(series, trace.predicts, (0, 2, 4, 6))["exit_rule_loops"], 2 * plain["exit_rule_loops"], 1e-13)
+
+
+@torch.no_grad()
+def test_rules_on_kept_loops():
+    """A recorded subset is its own run of rules: changes are from the kept loop before."""
+    model, batch = make_model(), padded(token_lists(seed=3, lengths=(9, 4, 12)), left=(1,))
+    trace = record(model, batch, at=[1, 2, 5])
+    found = trade_off(series_of(trace), trace.predicts, trace.loops)
+    loops = found["exit_rule_loops"]
+    assert loops.nan_to_num(1).min() >= 1
+    assert loops.nan_to_num(5).max() == 5
+    best = record(model, batch, 5).readout[[1, 2, 5]]
+    targets = batch.input_ids.roll(-1, 1)[None, ..., None].expand(3, -1, -1, 1)
+    nll = -model.unembed(best).log_softmax(-1).gather(-1, targets)[..., 0]
+    oracle = over_tokens(nll.amin(0, keepdim=True), trace.predicts)[:, 0]
+    assert_same(found["exit_rule_nll"][:, -1, 0], oracle, 1e-12)

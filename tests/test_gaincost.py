@@ -466,7 +466,7 @@ def test_few_sources_cannot_tell(n_sources):
 
 def test_break_even_of_the_design():
     """The example of the design: nets of 0.79, 0.13 and 0.02 nats."""
-    steps = break_even(np.array([5.0, 4.21, 4.08, 4.06]))
+    steps = break_even(np.array([5.0, 4.21, 4.08, 4.06]), np.arange(1, 5))
     assert [step.loops for step in steps] == [4, 3, 2]
     assert [step.below for step in steps] == pytest.approx([0.02, 0.13, 0.79])
     assert describe(steps) == "4 loops below 0.02, 3 loops below 0.13, 2 loops below 0.79, else 1"
@@ -486,16 +486,18 @@ def test_break_even_of_the_design():
 )
 def test_break_even_by_hand(nll, steps):
     """Curves that are not convex: only counts that are best somewhere appear."""
-    assert break_even(np.array(nll)) == tuple(BreakEven(loops, below) for loops, below in steps)
+    assert break_even(np.array(nll), np.arange(1, len(nll) + 1)) == tuple(
+        BreakEven(loops, below) for loops, below in steps
+    )
     if not steps:
-        assert describe(break_even(np.array(nll))) == "1 loop at any price"
+        assert describe(break_even(np.array(nll), np.arange(1, len(nll) + 1))) == "1 loop at any price"
 
 
 @given(nll=curves_of_hundredths)
 @calm
 def test_break_even_is_what_a_scan_of_prices_finds(nll):
     """Law, on any curve: at every price, the listed count has the best mean utility, and steps are in order."""
-    steps = break_even(nll)
+    steps = break_even(nll, np.arange(1, len(nll) + 1))
     belows, listed = [step.below for step in steps], [step.loops for step in steps]
     assert belows == sorted(set(belows))
     assert listed == sorted(set(listed), reverse=True)

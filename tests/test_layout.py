@@ -15,12 +15,14 @@ PACKAGE = Path(loopdiag.__file__).parent
 # A room may import what stands to its left, and itself. `files` and `bootstrap` are for all.
 ROOMS = (
     *("errors", "files", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "diagnosis"),
-    *("gaincost", "plots", "report", "cli"),
+    *("summary", "gaincost", "plots", "report", "cli"),
 )
 # Side rooms use what stands left of gaincost, and only report and cli use them.
-SIDE_ROOMS = ("interventions", "probing", "sweep")
-# Beyond the order: gaincost, plots and report work on results, and know no models.
-STRANGERS = {("gaincost", "model"), ("plots", "model"), ("report", "model")}
+SIDE_ROOMS = ("interventions", "probing", "monitor", "sweep")
+# Training a family is watched.
+BETWEEN_SIDE_ROOMS = {("sweep", "monitor")}
+# Beyond the order: summary, gaincost, plots and report work on results, and know no models.
+STRANGERS = {("summary", "model"), ("gaincost", "model"), ("plots", "model"), ("report", "model")}
 # The package's own files: `__init__` only points at the rooms, `__main__` starts the last one.
 ENTRANCES = {"": set(ROOMS) | set(SIDE_ROOMS), "__main__": {"cli"}}
 # What every room may take from the package itself.
@@ -69,7 +71,7 @@ def may_import(room, other):
     if (room, other) in STRANGERS or "" in (room, other):
         return False
     if room in SIDE_ROOMS:
-        return other in ROOMS[: ROOMS.index("gaincost")]
+        return other in ROOMS[: ROOMS.index("gaincost")] or (room, other) in BETWEEN_SIDE_ROOMS
     if other in SIDE_ROOMS:
         return room in ("report", "cli")
     return other in ROOMS[: ROOMS.index(room)]
@@ -118,11 +120,11 @@ def test_the_decoder_knows_no_family_and_no_file():
 
 
 INNER = (
-    *("config", "cache", "dtypes", "states", "layers", "past", "exit_gate", "decoder", "facts", "generation"),
-    *("checkpoints", "saving", "loading"),
+    *("config", "cache", "dtypes", "states", "layers", "wiring", "past", "exit_gate", "decoder", "facts"),
+    *("generation", "checkpoints", "saving", "loading"),
 )
 # Of what stands to its left the decoder needs no dtypes: those are for files.
-OF_THE_DECODER = {"config", "cache", "layers", "states", "past", "exit_gate", "decoder"}
+OF_THE_DECODER = {"config", "cache", "layers", "states", "wiring", "past", "exit_gate", "decoder"}
 # Methods of the decoder, and the one module to its right that each of them may import.
 LATE = {"generate": "generation", "save": "saving"}
 
@@ -179,11 +181,18 @@ def late():
         ("gaincost", "diagnosis", True),
         ("gaincost", "model", False),
         ("diagnosis", "gaincost", False),
+        ("gaincost", "summary", True),
+        ("summary", "gaincost", False),
+        ("summary", "model", False),
         ("plots", "gaincost", True),
         ("plots", "model", False),
         ("gaincost", "plots", False),
         ("sweep", "diagnosis", True),
         ("sweep", "gaincost", False),
+        ("sweep", "monitor", True),
+        ("monitor", "sweep", False),
+        ("monitor", "diagnosis", True),
+        ("plots", "monitor", False),
         ("gaincost", "sweep", False),
         ("plots", "sweep", False),
         ("cli", "sweep", True),

@@ -4,6 +4,7 @@ Hand-worked cases are small enough to check by eye. Outside references are scipy
 a time in float64. What is compared is always [document, loop], NaN where a measure is not defined.
 """
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -17,11 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoder import make_model
-from tiny import assert_all_same, assert_same, padded, random_trace, token_lists, trace_of
+from tiny import VOCABULARY, assert_all_same, assert_same, padded, random_trace, token_lists, trace_of
 
-from loopdiag.diagnosis import DEFINITIONS, measure
-from loopdiag.measures.attention import gate_mean
-from loopdiag.measures.diversity import document_rank, effective_rank, participation_ratio
+from loopdiag.measures import DEFINITIONS, GROUPS, rarefied, take
+from loopdiag.measures.attention import gate_by_position, gate_mean, octaves
+from loopdiag.measures.diversity import PooledRank, document_rank, effective_rank, participation_ratio
+from loopdiag.measures.exit_rules import state_series, trade_off
 from loopdiag.measures.motion import (
     DRIFTING,
     ORBITING,
@@ -29,6 +31,9 @@ from loopdiag.measures.motion import (
     acceleration,
     cos_reference,
     cos_update,
+    fixed_point_gap,
+    fixed_point_gap_layers,
+    fixed_point_gap_relative,
     label,
     radial_share,
     relative_step,
@@ -36,12 +41,14 @@ from loopdiag.measures.motion import (
     step_size,
 )
 from loopdiag.measures.offset import omega, omega_random, omega_relative
-from loopdiag.measures.prediction import averaged, exit_probability, exit_series, exits, lens, per_token
-from loopdiag.trace import record
+from loopdiag.measures.prediction import averaged, by_class, exit_probability, exit_series, exits, lens, per_token
+from loopdiag.measures.similarity import loop_hsic
+from loopdiag.trace import record, with_maps
 
 NAN, LOG2 = float("nan"), math.log(2)
 MOTION = (step_size, relative_step, radial_share, acceleration, state_cosine, cos_update, cos_reference)
 OFFSET = (omega, omega_relative, omega_random)
+GAPS = (fixed_point_gap, fixed_point_gap_relative, fixed_point_gap_layers)
 DIVERGENCES = ("output_shift", "output_shift_reverse", "output_shift_js")
 calm = settings(deadline=None, derandomize=True, max_examples=15)
 seeds = st.integers(0, 10**6)
@@ -54,6 +61,21 @@ def states_of(*documents):
 
 def rows(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+# Groups that `take` takes; the others are taken while a model runs, over all documents, or by readouts.
+TAKEN = [name for name in GROUPS if name not in ("readouts", "pooled", "layers", "noise", "attention_pairs", "heads")]
+CLASSES = torch.arange(VOCABULARY) % 3
+
+
+def measure(trace, tokens, groups=TAKEN):
+    """Every measure of a trace that needs nothing else; documents of up to 64 tokens, three classes of them."""
+    return take(trace, groups, tokens, 64, (CLASSES, 3))
+
+
+def recorded(model, batch):
+    """A trace with everything in it."""
+    return with_maps(model, batch, record(model, batch))
 
 
 def participation(trace):
@@ -177,6 +199,48 @@ def test_gates_by_hand():
     assert_same(mean[:, 2, :, 0], torch.tensor([[0.3, 0.1], [0.75, 0.5]]), 1e-7)
     with pytest.raises(ValueError, match="no gate"):
         gate_mean(trace)
+
+
+def test_gates_by_position_by_hand():
+    """Heads together, by the document's own positions: 0, 1, 2 and 3, then what begins at 4; NaN where none reaches."""
+    trace = random_trace(n_loops=2, spans=((0, 6), (3, 6)))
+    gate = torch.full((3, 1, 2, 6, 2), NAN)
+    gate[2, 0, 0] = torch.tensor([[0.0, 0.2], [0.3, 0.3], [0.2, 0.4], [0.5, 0.5], [0.6, 0.6], [0.7, 0.9]])
+    gate[2, 0, 1] = torch.tensor([[9.0, 9.0]] * 3 + [[0.1, 0.3], [0.5, 0.5], [1.0, 0.0]])
+    found = gate_by_position(replace(trace, gate=gate), 9)
+    assert octaves(9) == [0, 1, 2, 4, 8]
+    assert found.shape == (2, 3, 1, 5)
+    assert found[:, :2].isnan().all()
+    assert_same(found[:, 2, 0], torch.tensor([[0.1, 0.3, 0.4, 0.7, NAN], [0.2, 0.5, 0.5, NAN, NAN]]), 1e-7)
+    with pytest.raises(ValueError, match="no gate"):
+        gate_by_position(trace, 9)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts"),
+    [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2]), (5, [0, 1, 2, 4]), (64, [0, 1, 2, 4, 8, 16, 32])],
+)
+def test_octaves(tokens, starts):
+    """Every bin holds a position of the longest document, and they hold all of them."""
+    assert octaves(tokens) == starts
+
+
+@given(seed=seeds)
+@calm
+def test_gates_by_position_add_up_to_their_mean(seed):
+    """Weighted by the tokens of a bin, the bins are the mean gate; and numpy agrees on each. Measured: 1e-16."""
+    trace = random_trace(seed)
+    gate = torch.rand(4, 2, *trace.mask.shape, 3, generator=torch.Generator().manual_seed(seed)).double()
+    trace = replace(trace, gate=gate)
+    found, starts = gate_by_position(trace, 9), [*octaves(9), 9]
+    for d, real in enumerate(trace.mask):
+        own = gate[:, :, d, real].mean(-1).numpy()
+        for index, (start, end) in enumerate(itertools.pairwise(starts)):
+            expected = own[:, :, start:end].mean(-1) if own.shape[2] > start else np.full((4, 2), NAN)
+            np.testing.assert_allclose(found[d, :, :, index], expected, rtol=0, atol=1e-14)
+        tokens = torch.tensor([own[..., start:end].shape[2] for start, end in itertools.pairwise(starts)])
+        weighed = (found[d].nan_to_num() * tokens).sum(-1) / tokens.sum()
+        assert_same(weighed, gate_mean(trace)[d].mean(-1), 1e-14)
 
 
 def test_exit_probability_by_hand():
@@ -437,6 +501,80 @@ def test_participation_ratio_against_numpy(centred):
         values = np.linalg.eigvalsh(states.transpose(0, 2, 1) @ states)
         expected.append((values.sum(1) ** 2 / (values**2).sum(1)).tolist())
     assert_same(document_rank(trace, 5, centred=centred, of=participation_ratio), rows(*expected), 1e-12)
+
+
+def pooled(*traces):
+    """Ranks of all documents of some batches."""
+    ranks = PooledRank()
+    for trace in traces:
+        ranks.add(trace)
+    return ranks.result()
+
+
+def test_pooled_rank_against_numpy():
+    """From numpy's singular values of all documents' states behind one another, and of those less their mean.
+
+    Measured: 3e-15.
+    """
+    trace = random_trace(coda=True)
+    states = trace.norm(trace.raw)[:, trace.mask].numpy()
+    raw = np.linalg.svd(states, compute_uv=False)
+    centred = np.linalg.svd(states - states.mean(1, keepdims=True), compute_uv=False)
+    expected = {
+        "effective_rank_pooled": np.exp(scipy.stats.entropy(raw, axis=1)),
+        "effective_rank_centred_pooled": np.exp(scipy.stats.entropy(centred, axis=1)),
+        "participation_ratio_pooled": (centred**2).sum(1) ** 2 / (centred**4).sum(1),
+    }
+    assert_all_same(pooled(trace), {name: torch.from_numpy(values) for name, values in expected.items()}, 1e-11)
+    assert set(expected) == set(GROUPS["pooled"])
+
+
+def test_pooled_rank_by_hand():
+    """Two documents of one direction each are two together; equal states less their mean are none."""
+    one, other = torch.eye(3, dtype=torch.float64)[:2]
+    states = torch.stack([one, other]).reshape(1, 2, 1, 3).repeat(2, 1, 4, 1)
+    found = pooled(trace_of(states))
+    assert_same(found["effective_rank_pooled"], torch.full((2,), 2.0).double(), 1e-14)
+    # Less their mean, the two lie on a line.
+    assert_same(found["effective_rank_centred_pooled"], torch.ones(2).double(), 1e-6)
+    assert_same(found["participation_ratio_pooled"], torch.ones(2).double(), 1e-14)
+    equal = pooled(trace_of(one.expand(2, 1, 4, 3)))
+    assert_same(equal["effective_rank_pooled"], torch.ones(2).double(), 1e-14)
+    assert equal["effective_rank_centred_pooled"].isnan().all()
+    assert equal["participation_ratio_pooled"].isnan().all()
+    with pytest.raises(ValueError, match="no batch was added"):
+        PooledRank().result()
+
+
+@given(seed=seeds, cut=st.integers(1, 5))
+@settings(calm, max_examples=6)
+@torch.no_grad()
+def test_pooled_rank_of_any_batches(seed, cut):
+    """However documents are dealt, padded or ordered; of one document, its own rank. Measured: 5e-7."""
+    documents = token_lists(seed, lengths=(14, 19, 12, 17, 15, 13))
+    model = make_model()
+    whole = pooled(record(model, padded(documents)))
+    parts = [record(model, padded(part, left=(0,))) for part in (documents[cut:], documents[:cut])]
+    assert_all_same(pooled(*parts), whole, 1e-10)
+    alone = record(model, padded(documents[:1]))
+    found = pooled(alone)
+    assert_same(found["effective_rank_pooled"], document_rank(alone, 14)[0], 1e-5)
+    assert_same(found["effective_rank_centred_pooled"], document_rank(alone, 14, centred=True)[0], 1e-5)
+    ratio = document_rank(alone, 14, centred=True, of=participation_ratio)[0]
+    assert_same(found["participation_ratio_pooled"], ratio, 1e-11)
+
+
+def test_rarefaction():
+    """The rank at each of the token counts that documents reach, the matched count last; it grows with the tokens."""
+    assert rarefied(256) == [16, 32, 64, 128, 256]
+    assert rarefied(40) == [16, 32, 40]
+    assert rarefied(16) == [16]
+    trace = random_trace(spans=((0, 50), (3, 43), (0, 20)))
+    found = measure(trace, 40, ["rarefaction"])["effective_rank_by_tokens"]
+    for index, tokens in enumerate((16, 32, 40)):
+        assert_same(found[..., index], document_rank(trace, tokens))
+    assert found[2, :, 1:].isnan().all()
+    assert found[2, :, 0].isfinite().all()
 
 
 def first_best(p):
@@ -800,7 +938,7 @@ MODELS = [
     make_model(**HUGINN),
     make_model(n_coda=2, exit_gate=True),
 ]
-CHUNK = 3  # tokens at which ranks are compared
+CHUNK = 4  # tokens at which ranks and HSIC are compared
 
 
 def concatenated(parts):
@@ -812,8 +950,8 @@ def concatenated(parts):
 def test_padded_documents_get_the_numbers_they_get_alone(model):
     """Every measure, padding on either side, documents too short for some. Measured: 2e-14."""
     documents = token_lists(seed=3, lengths=(9, 2, 6, 3, 9, 4))
-    together = measure(record(model, padded(documents, left=(1, 2))), CHUNK)
-    alone = concatenated([measure(record(model, padded([document])), CHUNK) for document in documents])
+    together = measure(recorded(model, padded(documents, left=(1, 2))), CHUNK)
+    alone = concatenated([measure(recorded(model, padded([document])), CHUNK) for document in documents])
     assert_all_same(together, alone, 1e-12)
     assert together["effective_rank"][1].isnan().all()
 
@@ -824,18 +962,18 @@ def test_padded_documents_get_the_numbers_they_get_alone(model):
 def test_two_batches_equal_one(cut, seed):
     """Merging is concatenation. Measured: 5e-15."""
     documents = token_lists(seed, lengths=(4, 9, 2, 7, 5, 3))
-    whole = measure(record(MODELS[0], padded(documents)), CHUNK)
-    parts = [measure(record(MODELS[0], padded(part)), CHUNK) for part in (documents[:cut], documents[cut:])]
+    whole = measure(recorded(MODELS[0], padded(documents)), CHUNK)
+    parts = [measure(recorded(MODELS[0], padded(part)), CHUNK) for part in (documents[:cut], documents[cut:])]
     assert_all_same(concatenated(parts), whole, 1e-12)
 
 
 @torch.no_grad()
 def test_what_stands_on_padding_is_never_seen():
     """Not even a NaN there reaches a number: masked, not multiplied by zero."""
-    trace = record(MODELS[3], padded(token_lists(seed=4, lengths=(5, 8, 4)), left=(2,)))
+    trace = recorded(MODELS[3], padded(token_lists(seed=4, lengths=(5, 8, 4)), left=(2,)))
 
     real = trace.mask[..., None]
-    states = ("raw", "carry", "readout", "gate", "coda")
+    states = ("raw", "carry", "readout", "gate", "coda", "following", "mapped")
     fields = {name: torch.where(real, getattr(trace, name), NAN) for name in states}
     fields["leave"] = torch.where(trace.mask, trace.leave, NAN)
     assert_all_same(measure(replace(trace, **fields), CHUNK), measure(trace, CHUNK))
@@ -843,15 +981,22 @@ def test_what_stands_on_padding_is_never_seen():
 
 @torch.no_grad()
 def test_each_name_is_its_measure():
-    """`measure` gives every number under its own name; of a model that has everything, all but the readouts."""
-    trace = record(MODELS[3], padded(token_lists(seed=5, lengths=(6, 8))))
-    expected = {of.__name__: of(trace) for of in (*MOTION, *OFFSET, gate_mean, exit_probability)}
-    expected |= exits(trace) | lens(trace)
+    """`take` gives every number under its own name; of a model that has everything, all of the groups that it takes."""
+    trace = recorded(MODELS[3], padded(token_lists(seed=5, lengths=(6, 8))))
+    expected = {of.__name__: of(trace) for of in (*MOTION, *OFFSET, *GAPS, gate_mean, exit_probability)}
+    expected |= exits(trace) | lens(trace) | {"gate_by_position": gate_by_position(trace, 64)}
+    expected |= {"motion_label": label(trace), "hsic": loop_hsic(trace, CHUNK)}
+    series = exit_series(trace)
+    expected |= trade_off(series | state_series(trace), trace.predicts, trace.loops)
+    expected |= by_class(series, trace, CLASSES, 3)
+    expected["effective_rank_by_tokens"] = document_rank(trace, CHUNK)[..., None]
     expected["effective_rank"] = document_rank(trace, CHUNK)
     expected["effective_rank_centred"] = document_rank(trace, CHUNK, centred=True)
     expected["participation_ratio"] = document_rank(trace, CHUNK, centred=True, of=participation_ratio)
     assert_all_same(measure(trace, CHUNK), expected)
-    assert set(expected) == set(DEFINITIONS) - {"nll_usable", "withheld"}
+    while_running = {name for name in GROUPS["attention"] if name.startswith("attention_")}
+    over_fit = {"exit_rule_loops_fit", "exit_rule_nll_fit"}
+    assert set(expected) == {name for group in TAKEN for name in GROUPS[group]} - while_running - over_fit
 
 
 @torch.no_grad()
@@ -862,26 +1007,31 @@ def test_each_measure_reads_the_state_it_names():
     """
     trace = record(MODELS[0], padded(token_lists(seed=5, lengths=(45, 60))))
     before, noise = measure(trace, CHUNK), torch.randn(trace.raw.shape, generator=torch.Generator().manual_seed(0))
+    del before["motion_label"]  # of three values, which need not change
     for field, state in (("raw", "Y"), ("carry", "Z"), ("readout", "N(Y)"), ("gate", "layer input")):
         states = getattr(trace, field)
         after = measure(replace(trace, **{field: states + noise if field != "gate" else states / 2}), CHUNK)
         changed = {name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())}
-        assert changed == {name for name in before if DEFINITIONS[name][1] == state}
+        assert changed == {name for name in before if state in DEFINITIONS[name][1].split(", ")}
 
 
 @torch.no_grad()
 def test_what_each_measure_reads_with_a_coda():
     """The exits read what leaves the coda; effective rank and the lens N(Y), and motion Y; the exit gate its own."""
-    trace = record(MODELS[3], padded(token_lists(seed=5, lengths=(6, 8))))
+    trace = recorded(MODELS[3], padded(token_lists(seed=5, lengths=(6, 8))))
     before, noise = measure(trace, CHUNK), torch.randn(trace.raw.shape, generator=torch.Generator().manual_seed(0))
-    of_y = {name for name, (_, state, _) in DEFINITIONS.items() if state == "Y"}
-    n_of_y = {"effective_rank", "effective_rank_centred", "participation_ratio", "nll_lens"}
+    del before["motion_label"]
+    of_y = {of.__name__ for of in (*MOTION, *GAPS)}
+    n_of_y = {*GROUPS["diversity"], "effective_rank_by_tokens", "nll_lens"}
+    rules = {"exit_rule_loops", "exit_rule_nll"}
     for field, expected in (
-        ("raw", of_y | n_of_y),
+        ("raw", of_y | n_of_y | rules),
         ("carry", {of.__name__ for of in OFFSET}),
-        ("readout", set(exits(trace))),
+        ("readout", set(exits(trace)) | rules | set(GROUPS["classes"]) - {"class_share"}),
         ("coda", set()),  # its N is the readout; the translators read it
-        ("leave", {"exit_probability"}),
+        ("leave", {"exit_probability", *rules}),
+        ("following", {"fixed_point_gap", "fixed_point_gap_relative"}),
+        ("mapped", {"fixed_point_gap_layers"}),
     ):
         states = getattr(trace, field)
         after = measure(replace(trace, **{field: states / 2 if field == "leave" else states + noise}), CHUNK)

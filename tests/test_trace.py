@@ -3,11 +3,14 @@
 import pytest
 import torch
 from plain_looped import norm, plain_run
-from test_decoder import CONFIGS, make_model
+from test_decoder import CONFIGS, HUGINN_LIKE, OURO_LIKE, POST_CODA, make_model
 from tiny import assert_same, padded, token_lists, trace_of
 
 from loopdiag.corpus import Batch
-from loopdiag.trace import LoopTrace, record
+from loopdiag.measures.motion import step_size
+from loopdiag.measures.offset import omega, omega_random, omega_relative
+from loopdiag.measures.prediction import exits
+from loopdiag.trace import LoopTrace, kept_loops, record
 
 DOCUMENTS = token_lists(seed=1, lengths=(5, 2, 4, 1))
 
@@ -189,6 +192,79 @@ def test_the_exit_gate_reads_past_the_coda():
     model, batch = make_model(exit_gate=True, n_coda=1), padded(DOCUMENTS)
     trace = record(model, batch)
     assert_same(trace.leave[1:], torch.sigmoid(model.exit_gate(model.ln_final(trace.raw[1:]))).squeeze(-1), 1e-14)
+
+
+# -- some of the loops -----------------------------------------------------------------------------------
+
+SOME = [[1], [1, 2], [1, 4], [1, 3, 4], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("at", SOME)
+@pytest.mark.parametrize("changes", [{}, {"offset": 2, "norm_between_loops": False}, HUGINN_LIKE, OURO_LIKE, POST_CODA])
+def test_kept_loops_are_those_of_the_whole_run(changes, at):
+    """Y, N(Y), gates and the coda's output to the bit; the carry is what was handed into the next kept loop."""
+    model, batch = make_model(**changes), padded(DOCUMENTS, left=(2,))
+    whole, some = record(model, batch, at[-1]), record(model, batch, at=at)
+    assert some.loops == (0, *at)
+    assert (some.n_loops, some.at) == (at[-1], (0, *at))
+    for name in ("raw", "readout", "gate", "coda"):
+        ours, expected = getattr(some, name), getattr(whole, name)
+        if expected is None:
+            assert ours is None
+        else:
+            assert_same(ours, expected[list(some.loops)], what=name)
+    handed_on = [0, *(following - 1 for following in at[1:]), at[-1]]
+    assert_same(some.carry, whole.carry[handed_on])
+    assert some.leave is None  # whether a token is still there depends on every loop
+    assert (whole.leave is not None) == model.cfg.exit_gate
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_what_kept_loops_say_of_the_offset(offset):
+    """Omega of a kept loop is that of the whole run: what the offset displaces on the way into it."""
+    model, batch = make_model(offset=offset), padded(DOCUMENTS, left=(2,))
+    whole, some = record(model, batch, 5), record(model, batch, at=[1, 2, 5])
+    for of in (omega, omega_relative, omega_random):
+        assert_same(of(some)[:, 2:], of(whole)[:, [2, 5]], 1e-13)
+        assert of(some)[:, :2].isnan().all()
+
+
+def test_changes_between_kept_loops():
+    """From the kept loop before: gain less cost is the fall of the NLL between them, a step their distance."""
+    model, batch = make_model(), padded(DOCUMENTS, left=(2,))
+    whole, some = record(model, batch, 5), record(model, batch, at=[1, 3, 5])
+    ours, nll = exits(some), exits(whole)["nll_exit"]
+    assert_same(ours["nll_exit"], nll[:, [0, 1, 3, 5]])
+    assert_same((ours["gain"] - ours["cost"])[:, 1:], -nll[:, [0, 1, 3, 5]].diff(dim=1), 1e-13)
+    far = torch.where(whole.mask, (whole.raw[5] - whole.raw[3]).norm(dim=-1), 0.0).sum(1) / whole.mask.sum(1)
+    assert_same(step_size(some)[:, 3], far, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("n_loops", "at"),
+    [
+        *((4, at) for at in ([2, 4], [1, 3], [1, 2, 5], [1, 4, 2], [1, 1, 4], [0, 1, 4], [4], [])),
+        *((4, at) for at in ([1, 2.0, 4], ["1", "4"], [True, 4])),
+        (1, [True]),
+    ],
+)
+def test_loops_that_cannot_be_kept(n_loops, at):
+    """Refused with what was given and an example; also by `record`, before anything is run."""
+    with pytest.raises(ValueError, match=r"at = .* is not allowed: .* rise from 1 to the last loop of the run, \d"):
+        kept_loops(n_loops, at)
+    if at:
+        with pytest.raises(ValueError, match="at = "):
+            record(make_model(), padded(DOCUMENTS), n_loops, at=at)
+
+
+def test_loops_that_can_be_kept():
+    """All of them unless told; a list, a tuple or a range; and the run is as long as the last of them."""
+    assert kept_loops(3, None) == (1, 2, 3)
+    assert kept_loops(4, (1, 2, 4)) == kept_loops(4, [1, 2, 4]) == (1, 2, 4)
+    assert kept_loops(4, range(1, 5)) == (1, 2, 3, 4)
+    model, batch = make_model(n_loops=2), padded(DOCUMENTS)
+    assert record(model, batch, at=[1, 4]).n_loops == 4
+    assert record(model, batch).loops == (0, 1, 2)
 
 
 # -- states from elsewhere -----------------------------------------------------------------------------

@@ -11,11 +11,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from loopdiag.cli.effects import effects_answer, print_effects
+from loopdiag.cli.figures import figures as draw_figures
 from loopdiag.cli.options import (
     BUNDLED_DATA,
     DEFAULT_MODEL,
+    INTERVENTIONS,
     LARGEST_SEED,
     MOST_LOOPS,
+    AtOption,
     BatchOption,
     DataOption,
     Device,
@@ -26,6 +30,7 @@ from loopdiag.cli.options import (
     FiguresOption,
     JsonOption,
     LoopsOption,
+    MeasuresOption,
     ModelArgument,
     OfflineOption,
     OnlyModelArgument,
@@ -59,6 +64,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(name="figures")(draw_figures)
 
 
 @app.command()
@@ -68,6 +74,8 @@ def recommend(
     documents: DocumentsOption = None,
     max_tokens: TokensOption = None,
     loops: LoopsOption = None,
+    at: AtOption = None,
+    measures: MeasuresOption = "default",
     price: PriceOption = 0.01,
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
@@ -95,8 +103,8 @@ def recommend(
             raise InputError("--json, --save and a saved diagnosis that is read must be different files.")
         check_outputs(to_json, save, folder=figures, quiet=quiet)
         checkpoint = Checkpoint(model, revision, offline, device, dtype)
-        run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet)
-        diagnosis = run.diagnosis()
+        run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
+        diagnosis = run.diagnosis(needs="prediction")
 
         from loopdiag import gaincost
         from loopdiag.gaincost.answer import answer, dumps
@@ -108,7 +116,7 @@ def recommend(
         if figures:
             from loopdiag import plots
 
-            plots.draw(diagnosis, recommendation, figures)
+            plots.draw([diagnosis], [recommendation], figures)
         if json == "-":
             sys.stdout.write(dumps(told))
         else:
@@ -126,6 +134,8 @@ def diagnose(
     documents: DocumentsOption = None,
     max_tokens: TokensOption = None,
     loops: LoopsOption = None,
+    at: AtOption = None,
+    measures: MeasuresOption = "default",
     batch_size: BatchOption = 8,
     seed: SeedOption = 0,
     revision: RevisionOption = None,
@@ -143,9 +153,57 @@ def diagnose(
             )
         check_outputs(save, quiet=quiet)
         checkpoint = Checkpoint(model, revision, offline, device, dtype)
-        run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet)
+        run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
         run.diagnosis().save(save)
         stdout.print(str(save), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def intervene(
+    model: OnlyModelArgument = DEFAULT_MODEL,
+    data: DataOption = BUNDLED_DATA,
+    documents: DocumentsOption = None,
+    max_tokens: TokensOption = None,
+    loops: LoopsOption = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help=f"Groups of interventions, with commas: {','.join(INTERVENTIONS)}.")
+    ] = None,
+    batch_size: BatchOption = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap and of a random initial state.")] = 0,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.float32,
+    json: JsonOption = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Keep the effects in this file (netCDF).")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Change a trained model in one place at a time, and measure what that does to its loss: what it relies on."""
+    with reported_errors():
+        groups = only.split(",") if only is not None else None
+        if unknown := [group for group in groups or () if group not in INTERVENTIONS]:
+            raise InputError(f"--only has {unknown[0]!r}: allowed are {', '.join(INTERVENTIONS)}, with commas between.")
+        if Path(model).is_file():
+            raise InputError(f"{model} is a file: give a model.")
+        to_json = None if json in (None, "-") else Path(json)
+        if to_json and save and to_json.resolve() == save.resolve():
+            raise InputError("--json and --save must be different files.")
+        check_outputs(to_json, save, quiet=quiet)
+        checkpoint = Checkpoint(model, revision, offline, device, dtype)
+        effects = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet).effects(groups)
+
+        from loopdiag.gaincost.answer import dumps
+
+        told = effects_answer(effects, seed)
+        if save:
+            effects.save(save)
+        if json == "-":
+            sys.stdout.write(dumps(told))
+        else:
+            if to_json:
+                with whole(to_json) as partial:
+                    partial.write_text(dumps(told), encoding="utf-8")
+            print_effects(told)
 
 
 @app.command()

@@ -13,6 +13,8 @@ from loopdiag.errors import InputError
 MOST_LOOPS = 64
 LARGEST_SEED = 2**32 - 1
 DEFAULT_MODEL, BUNDLED_DATA = "tiny-plt-4", "bundled"
+# Those of `loopdiag.interventions`, which would load torch.
+INTERVENTIONS = ("offset", "carry", "loops", "gate", "window", "memory")
 
 
 class Device(StrEnum):
@@ -48,6 +50,18 @@ TokensOption = Annotated[
     typer.Option("--max-tokens", help="Cut documents here; what the model allows, at most 2048, if not given."),
 ]
 LoopsOption = Annotated[int | None, typer.Option("--loops", help="Loops to run; the trained number if not given.")]
+AtOption = Annotated[
+    str | None,
+    typer.Option(
+        "--at", help="Measure these loops only, such as 1,2,4,8; changes are then from the measured loop before."
+    ),
+]
+MeasuresOption = Annotated[
+    str,
+    typer.Option(
+        "--measures", help="Groups of measures, with commas between: default, all, and those of docs/measures.md."
+    ),
+]
 PriceOption = Annotated[
     float,
     typer.Option(

@@ -21,9 +21,12 @@ from loopdiag.errors import InputError
 if TYPE_CHECKING:
     from loopdiag.diagnosis import Diagnosis
     from loopdiag.gaincost import Recommendation
+    from loopdiag.interventions import Effects
     from loopdiag.model import LoopedConfig
 
 stdout, stderr = Console(), Console(stderr=True)
+
+LISTED = 4  # names of a note; the JSON has all of them
 
 
 class Exit(IntEnum):
@@ -94,18 +97,22 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | Non
         yield tell
 
 
-def print_notes(diagnosis: Diagnosis) -> None:
+def print_notes(result: Diagnosis | Effects) -> None:
     """What happened to the documents, on stderr."""
-    about = diagnosis.provenance
+    about = result.provenance
     if about["documents_cut"]:
         note(f"{about['documents_cut']} of {about['documents']} documents were cut at {about['max_tokens']} tokens")
     if about["documents_too_short"]:
         note(f"{about['documents_too_short']} documents were left out: too short")
+    if about["dtype"] in ("bfloat16", "float16") and "noise_step" in about["absent"]:
+        note(f"small changes may be rounding in {about['dtype']}: --measures default,noise says how small")
     reasons: dict[str, list[str]] = {}
     for name, why in about["absent"].items():
-        reasons.setdefault(why, []).append(name)
+        if not why.endswith("was not asked for"):
+            reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        note(f"absent: {', '.join(names)} ({why})")
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        note(f"absent: {', '.join(names[:LISTED])}{more} ({why})")
 
 
 def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
@@ -114,10 +121,12 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
 
     lens = "nll_lens" not in told["absent"]  # beside the exits of a model with a coda
     beyond = ", the loops with a star beyond training" if told["run_loops"] > told["trained_loops"] else ""
+    some = len(told["measured_loops"]) < told["run_loops"]
     model, corpus = escape(told["model"]), escape(told["provenance"]["corpus"])
     table = Table(
         title=f"{model}: trained with {_loops(told['trained_loops'])}, run with {told['run_loops']}{beyond}",
-        caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {corpus}. "
+        caption=("Some loops were measured: gain, cost and cos are from one of them to the next. " if some else "")
+        + f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {corpus}. "
         "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
         box=None,  # at three digits the columns just fit into 80 characters
         padding=(0, 1 if lens else 2, 0, 0),
@@ -131,12 +140,13 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for row in told["loops"]:
         ratio = row["cost"] / row["gain"] if row["gain"] else None
-        cos = f"{_cell(row['cos_update'], 2)} ({_cell(row['cos_reference'], 2)})" if row["loop"] > 1 else ""
+        turn, reference = (_cell(row.get(name), 2) for name in ("cos_update", "cos_reference"))
         table.add_row(
             f"{row['loop']}{'*' if row['extrapolated'] else ''}",
             f"{row['nll_exit']:.3f} [{row['nll_exit_low']:.3f}, {row['nll_exit_high']:.3f}]",
             *(_cell(row["gain"], 3), _cell(row["cost"], 3), _cell(ratio, 2)),
-            *(_cell(row["nll_usable"], 3), _cell(row["effective_rank"], 1), cos),
+            *(_cell(row.get("nll_usable"), 3), _cell(row.get("effective_rank"), 1)),
+            f"{turn} ({reference})" if row["loop"] > 1 else "",
             *([_cell(row["nll_lens"], 3)] if lens else []),
         )
     stdout.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from loopdiag.cli.output import print_notes, progress_bars, stderr
 from loopdiag.errors import InputError
 
 if TYPE_CHECKING:
+    from loopdiag.corpus import Corpus
     from loopdiag.diagnosis import Diagnosis
+    from loopdiag.interventions import Effects
     from loopdiag.model import LoopedLM
 
 
@@ -47,7 +50,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """The arguments that a diagnosis comes from."""
+    """The arguments that a diagnosis, or the effects of interventions, come from."""
 
     checkpoint: Checkpoint
     data: str
@@ -57,20 +60,64 @@ class Run:
     batch_size: int
     seed: int
     quiet: bool
+    measures: str = "default"
+    at: str | None = None
 
-    def diagnosis(self) -> Diagnosis:
-        """Read a saved diagnosis, or make one; everything that can be wrong is found before the model runs."""
-        in_range("--documents", self.documents, 16)
-        in_range("--max-tokens", self.max_tokens, 16)
-        in_range("--loops", self.loops, 1, MOST_LOOPS)
-        in_range("--batch-size", self.batch_size, 1)
-        in_range("--seed", self.seed, 0, LARGEST_SEED)
+    def diagnosis(self, needs: str | None = None) -> Diagnosis:
+        """Read a saved diagnosis, or make one; everything that can be wrong is found before the model runs.
+
+        Args:
+            needs: A group of measures that has to be among those asked for.
+        """
+        self._check()
+        kept = self._kept()
         model = self.checkpoint.model
         if Path(model).is_file():
             return self._saved()
         if model.endswith(".nc"):
             raise InputError(f"There is no file {model}: a saved diagnosis comes from `loopdiag diagnose --save`.")
-        return self._made()
+        from loopdiag.measures import chosen
+
+        groups = chosen([name.strip() for name in self.measures.split(",")])
+        if needs is not None and needs not in groups:
+            raise InputError(f"--measures {self.measures} lacks {needs}, on which the answer rests: add it.")
+        return self._made(groups, kept)
+
+    def effects(self, groups: Sequence[str] | None) -> Effects:
+        """Measure interventions; everything that can be wrong is found before the model runs."""
+        self._check()
+        text = self._corpus()
+        net = self.checkpoint.load(self.loops, self.quiet)
+
+        from loopdiag.interventions import intervene
+
+        with progress_bars(self.quiet) as progress:
+            measured = intervene(
+                net,
+                text,
+                groups,
+                n_loops=self.loops,
+                max_tokens=self.max_tokens,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=progress,
+            )
+        if not self.quiet:
+            print_notes(measured)
+        return measured
+
+    def _check(self) -> None:
+        in_range("--documents", self.documents, 16)
+        in_range("--max-tokens", self.max_tokens, 16)
+        in_range("--loops", self.loops, 1, MOST_LOOPS)
+        in_range("--batch-size", self.batch_size, 1)
+        in_range("--seed", self.seed, 0, LARGEST_SEED)
+
+    def _corpus(self) -> Corpus:
+        from loopdiag import corpus
+
+        text = corpus.bundled() if self.data == BUNDLED_DATA else corpus.read(self.data)
+        return text.take(self.documents) if self.documents else text
 
     def _saved(self) -> Diagnosis:
         given = [flag for flag, value, default in self._of_a_run() if value != default]
@@ -90,6 +137,8 @@ class Run:
             ("--documents", self.documents, None),
             ("--max-tokens", self.max_tokens, None),
             ("--loops", self.loops, None),
+            ("--at", self.at, None),
+            ("--measures", self.measures, "default"),
             ("--batch-size", self.batch_size, 8),
             ("--revision", self.checkpoint.revision, None),
             ("--offline", self.checkpoint.offline, False),
@@ -97,14 +146,23 @@ class Run:
             ("--dtype", self.checkpoint.dtype, Dtype.float32),
         )
 
-    def _made(self) -> Diagnosis:
-        from loopdiag import corpus
+    def _kept(self) -> list[int] | None:
+        """The loops of --at."""
+        if self.at is None:
+            return None
+        loops = [int(loop) if loop.strip().isdecimal() else 0 for loop in self.at.split(",")]
+        if loops[0] != 1 or loops != sorted(set(loops)) or loops[-1] > MOST_LOOPS:
+            raise InputError(
+                f"--at {self.at} is not allowed: give loop numbers that rise from 1, at most {MOST_LOOPS}, such as "
+                "1,2,4,8."
+            )
+        if self.loops not in (None, loops[-1]):
+            raise InputError(f"--at ends with loop {loops[-1]} and --loops is {self.loops}: leave --loops out.")
+        return loops
 
-        text = corpus.bundled() if self.data == BUNDLED_DATA else corpus.read(self.data)
-        if self.documents:
-            text = text.take(self.documents)
-
-        net = self.checkpoint.load(self.loops, self.quiet)
+    def _made(self, groups: Sequence[str], kept: list[int] | None) -> Diagnosis:
+        text = self._corpus()
+        net = self.checkpoint.load(kept[-1] if kept else self.loops, self.quiet)
 
         from loopdiag import diagnosis
 
@@ -113,9 +171,11 @@ class Run:
                 net,
                 text,
                 n_loops=self.loops,
+                at=kept,
                 max_tokens=self.max_tokens,
                 batch_size=self.batch_size,
                 seed=self.seed,
+                measures=groups,
                 progress=progress,
             )
         if not self.quiet:

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from loopdiag.bootstrap import DRAWS
-from loopdiag.diagnosis import DEFINITIONS, Diagnosis
+from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.curve import gain_cost
 from loopdiag.gaincost.decision import Recommendation
+from loopdiag.measures import DEFINITIONS, by_loop
 
 SCHEMA = 1
 
@@ -23,6 +24,7 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
         "model": about["model"],
         "trained_loops": about["trained_loops"],
         "run_loops": about["run_loops"],
+        "measured_loops": about["measured_loops"],
         "documents": about["documents"],
         "tokens": about["tokens"],
         "price_nats_per_loop": recommendation.price,
@@ -42,12 +44,15 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
 
 
 def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
-    """One row per loop 1..R: every measure's mean over documents, the NLL with its 95 % interval."""
+    """One row per loop that was measured: every measure's mean over documents, the NLL with its 95 % interval.
+
+    Measures by other dimensions than the loop are left out.
+    """
     curve = gain_cost(diagnosis, seed=seed)
     means = {
         name: values.mean([dim for dim in values.dims if dim != "loop"]).values
         for name, values in diagnosis.data.data_vars.items()
-        if name in DEFINITIONS
+        if by_loop(str(name))
     }
     return [
         {
@@ -61,8 +66,8 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
                 for name, estimate in (("gain", curve.gain), ("cost", curve.cost), ("net_gain", curve.net))
                 for end in ("low", "high")
             },
-            **{str(name): _number(mean[loop]) for name, mean in means.items()},
-            **dict.fromkeys(name for name in DEFINITIONS if name not in means),
+            **{str(name): _number(mean[index + 1]) for name, mean in means.items()},
+            **dict.fromkeys(name for name in DEFINITIONS if by_loop(name) and name not in means),
         }
         for index, loop in enumerate(curve.loop)
     ]

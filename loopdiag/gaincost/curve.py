@@ -7,19 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.diagnosis import Diagnosis
+from loopdiag.summary import Estimate, estimate
 
 PerLoop = Float[np.ndarray, " loop"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over documents for each loop, with its 95 % bootstrap interval."""
-
-    mean: PerLoop
-    low: PerLoop
-    high: PerLoop
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class GainCost:
 
     Attributes:
         model: Which model.
-        loop: 1..R.
+        loop: 1..R, or those that were measured; gain, cost and net are then from one to the next.
         trained_loops: Loops the model was trained with; what lies beyond is extrapolated.
         gain, cost, net, nll_exit: With intervals over documents, paired across loops.
         documents: Documents behind every mean.
@@ -56,21 +47,16 @@ class GainCost:
 def gain_cost(diagnosis: Diagnosis, *, seed: int = 0) -> GainCost:
     """The gain-cost curve of a diagnosis; its intervals leave out the training seed."""
     diagnosis.require("nll_exit")
-    data = diagnosis.data
-    sources = data["source"].values
-
-    def estimate(values: np.ndarray) -> Estimate:
-        return Estimate(values.mean(0), *interval(resampled_means(values, sources, seed=seed)))
-
-    nll = data["nll_exit"].values
+    nll = diagnosis.data["nll_exit"]
+    data = diagnosis.data.sel(loop=diagnosis.loops)
     about = diagnosis.provenance
     return GainCost(
         model=about["model"],
         loop=diagnosis.loops,
         trained_loops=about["trained_loops"],
-        gain=estimate(data["gain"].values[:, 1:]),
-        cost=estimate(data["cost"].values[:, 1:]),
-        net=estimate(nll[:, :-1] - nll[:, 1:]),
-        nll_exit=estimate(nll[:, 1:]),
-        documents=len(nll),
+        gain=estimate(data["gain"], seed=seed),
+        cost=estimate(data["cost"], seed=seed),
+        net=estimate(-nll.diff("loop"), seed=seed),
+        nll_exit=estimate(data["nll_exit"], seed=seed),
+        documents=data.sizes["document"],
     )

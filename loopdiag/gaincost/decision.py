@@ -125,7 +125,8 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         why = _doubt(utility.mean(0), draws, picked, support[pick], price, loops)
     about = diagnosis.provenance
     measured = [name for name in _LENS_INPUTS if name in diagnosis.data]
-    lenses = lens_picks({name: diagnosis.data[name].mean("document").values for name in measured})
+    places = lens_picks({name: diagnosis.data[name].mean("document").values for name in measured})
+    lenses = {name: int(diagnosis.data["loop"][place]) for name, place in places.items()}
     return Recommendation(
         verdict="undetermined" if why else "recommended",
         recommended_loops=None if why else pick,
@@ -134,7 +135,7 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         price=float(price),
         support=support,
         contenders=tuple(loop for loop, share in support.items() if share >= CONTENDER),
-        break_even=break_even(nll.mean(0)),
+        break_even=break_even(nll.mean(0), loops),
         predicted_training_loops=sorted(lenses.values())[(len(lenses) - 1) // 2] if lenses else None,
         lenses=lenses,
         trained_loops=about["trained_loops"],
@@ -178,24 +179,23 @@ def _doubt(
     return ""
 
 
-def break_even(nll: PerLoop) -> tuple[BreakEven, ...]:
+def break_even(nll: PerLoop, loops: np.ndarray) -> tuple[BreakEven, ...]:
     """At which prices the count of best mean utility changes, the largest count first.
 
     Only counts that are best at some price >= 0 appear. One loop, best above the last price, is not listed.
 
     Args:
-        nll: Mean exit NLL of loops 1..R.
+        nll: Mean exit NLL of each count.
+        loops: The counts, rising from 1.
     """
     steps: list[BreakEven] = []
-    count = int(nll.argmin()) + 1
-    while count > 1:
+    best = int(nll.argmin())
+    while best > 0:
         # The next count down is the one that the falling utility meets first: the least slope to a smaller count.
-        slopes = [
-            (float(nll[smaller - 1] - nll[count - 1]) / (count - smaller), smaller) for smaller in range(1, count)
-        ]
-        below, smaller = min(slopes)
-        steps.append(BreakEven(count, below))
-        count = smaller
+        slopes = [(float((nll[fewer] - nll[best]) / (loops[best] - loops[fewer])), fewer) for fewer in range(best)]
+        below, fewer = min(slopes)
+        steps.append(BreakEven(int(loops[best]), below))
+        best = fewer
     return tuple(steps)
 
 
@@ -208,7 +208,8 @@ def describe(steps: tuple[BreakEven, ...]) -> str:
     )
 
 
-# -- lenses: each reads loops 0..R (NaN where undefined) and says how many loops a family like this should train with
+# -- lenses: each reads loops 0..R, or 0 and those that were measured (NaN where undefined), and says after which place
+# -- in that row a family like this should stop
 
 
 def cost_gain(gain: PerLoop, cost: PerLoop) -> int | None:
@@ -253,7 +254,7 @@ _LENS_INPUTS = sorted({name for _, needed in LENSES.values() for name in needed}
 
 
 def lens_picks(curves: Mapping[str, PerLoop]) -> dict[str, int]:
-    """Each lens' pick from mean curves over loops 0..R; without an opinion, or its curve, a lens is left out."""
+    """Each lens' pick, a place in mean curves over the loops; without an opinion, or its curve, a lens is left out."""
     picks = {
         name: lens(*(np.asarray(curves[curve], dtype=float) for curve in needed))
         for name, (lens, needed) in LENSES.items()

@@ -1,5 +1,24 @@
 """Measures: pure functions from a `LoopTrace` to arrays whose first dimension is the document."""
 
 from loopdiag.measures import attention, diversity, exit_rules, motion, offset, prediction, similarity
+from loopdiag.measures.definitions import DEFAULT_GROUPS, DEFINITIONS, GROUPS, by_loop, chosen, dimensions
+from loopdiag.measures.taking import absent, rarefied, take
 
-__all__ = ["attention", "diversity", "exit_rules", "motion", "offset", "prediction", "similarity"]
+__all__ = [
+    "DEFAULT_GROUPS",
+    "DEFINITIONS",
+    "GROUPS",
+    "absent",
+    "attention",
+    "by_loop",
+    "chosen",
+    "dimensions",
+    "diversity",
+    "exit_rules",
+    "motion",
+    "offset",
+    "prediction",
+    "rarefied",
+    "similarity",
+    "take",
+]

@@ -25,17 +25,25 @@ def effective_rank(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "
     Source: Roy and Vetterli (2007), as in arXiv 2606.18023. Singular values, not their squares; papers that square
     them report a smaller number.
     """
-    values = _singular_values("effective_rank", h)
+    return _spread(_singular_values("effective_rank", h))
+
+
+def _spread(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch"]:
+    """Effective rank of singular values."""
     return torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
 
 
 def _singular_values(asked_by: str, h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "*batch value"]:
+    return torch.linalg.svdvals(_rankable(asked_by, h))
+
+
+def _rankable(asked_by: str, h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "*batch tokens d_model"]:
+    """States in float64, of which there is a rank."""
     if not torch.isfinite(h).all():
         raise ValueError(f"{asked_by}: the states have a non-finite entry, so they have no singular values.")
-    values = torch.linalg.svdvals(h.double())
-    if (values.sum(-1) == 0).any():
+    if (h == 0).all(-1).all(-1).any():
         raise ValueError(f"{asked_by}: the states are all zeros, which has no rank.")
-    return values
+    return h.double()
 
 
 def participation_ratio(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "*batch"]:
@@ -49,8 +57,10 @@ def participation_ratio(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tens
 
     Source: Gao et al. (2017).
     """
-    values = _singular_values("participation_ratio", h).square()
-    return values.sum(-1).square() / values.square().sum(-1)
+    h = _rankable("participation_ratio", h)
+    # The sums need no singular values: they are the squared norms of h and of its Gram matrix, the smaller one.
+    gram = h @ h.mT if h.shape[-2] < h.shape[-1] else h.mT @ h
+    return h.square().sum((-2, -1)).square() / gram.square().sum((-2, -1))
 
 
 def document_rank(
@@ -69,7 +79,7 @@ def document_rank(
         of: Which rank: `effective_rank` or `participation_ratio`.
     """
     rounding = 8 * torch.finfo(at_least_float32(trace.raw).dtype).eps
-    ranks = torch.full((len(trace.mask), trace.n_loops + 1), float("nan"), dtype=torch.float64)
+    ranks = torch.full((len(trace.mask), len(trace.raw)), float("nan"), dtype=torch.float64)
     states = trace.normed
     for document, real in enumerate(trace.mask):
         if int(real.sum()) < tokens:
@@ -81,3 +91,44 @@ def document_rank(
         some = h.norm(dim=(1, 2)) > rounding * size  # what centring leaves of equal states
         ranks[document, some.cpu()] = of(h[some]).cpu()
     return ranks
+
+
+class PooledRank:
+    """Ranks of all documents' real tokens together, gathered batch by batch: `add` each trace, then `result`.
+
+    Of the states only their sum and second moment are kept, in float64. One number per loop and no interval: documents
+    cannot be drawn again.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._sum: Tensor | None = None  # [loop, d_model]
+        self._moment: Tensor | None = None  # [loop, d_model, d_model]
+
+    def add(self, trace: LoopTrace) -> None:
+        """Take in a batch."""
+        h = trace.normed[:, trace.mask].double()  # [loop, token, d_model]
+        total, moment = h.sum(1), h.transpose(1, 2) @ h
+        self._tokens += h.shape[1]
+        self._sum = total if self._sum is None else self._sum + total
+        self._moment = moment if self._moment is None else self._moment + moment
+
+    def result(self) -> dict[str, Float[Tensor, " loop"]]:
+        """`effective_rank_pooled`, `effective_rank_centred_pooled`, `participation_ratio_pooled`; loops 0..R.
+
+        Dimensionless, 1 to min(tokens, d_model); NaN where all states are equal (raw: all zero).
+
+        Raises:
+            ValueError: No batch was added.
+        """
+        if self._sum is None or self._moment is None:
+            raise ValueError("PooledRank: no batch was added, so there is nothing to rank.")
+        mean = self._sum / self._tokens
+        raw = torch.linalg.eigvalsh(self._moment).clamp_min(0).sqrt()
+        centred = self._moment - self._tokens * mean[:, :, None] * mean[:, None, :]
+        spectrum = torch.linalg.eigvalsh(centred).clamp_min(0).sqrt()
+        return {
+            "effective_rank_pooled": _spread(raw),
+            "effective_rank_centred_pooled": _spread(spectrum),
+            "participation_ratio_pooled": spectrum.square().sum(-1).square() / spectrum.pow(4).sum(-1),
+        }

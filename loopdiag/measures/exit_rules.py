@@ -6,7 +6,7 @@ loop satisfies takes the last. The oracle knows the answer and takes the best lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,7 @@ SETTINGS = max(len(rule.thresholds) for rule in RULES.values())
 
 
 def exit_loops(leaves: Bool[Tensor, "loop document pos"]) -> Int[Tensor, "document pos"]:
-    """The first loop r >= 1 after which a token leaves; the last where none lets it."""
+    """The first place >= 1 among the loops after which a token leaves; the last where none lets it."""
     allowed = leaves[1:].clone()
     allowed[-1] = True
     return allowed.int().argmax(0) + 1
@@ -102,12 +102,15 @@ def state_series(trace: LoopTrace) -> dict[str, Series]:
     return series
 
 
-def trade_off(series: Mapping[str, Series], kept: Bool[Tensor, "document pos"]) -> dict[str, Tensor]:
+def trade_off(
+    series: Mapping[str, Series], kept: Bool[Tensor, "document pos"], loops: Sequence[int]
+) -> dict[str, Tensor]:
     """Mean loops used and mean NLL of every rule and threshold, over a document's predicting tokens.
 
     Args:
         series: `state_series` and `prediction.exit_series`.
         kept: Tokens that have a next token.
+        loops: Numbers of the loops, 0 first. Rules leave after one of these only.
 
     Returns:
         `exit_rule_loops` and `exit_rule_nll` [document, rule, setting], NaN beyond a rule's thresholds and for rules
@@ -115,11 +118,13 @@ def trade_off(series: Mapping[str, Series], kept: Bool[Tensor, "document pos"]) 
     """
     nll = series["nll_exit"]
     shape = (nll.shape[1], len(RULES) + 1, SETTINGS)
-    loops, losses = (torch.full(shape, float("nan"), dtype=torch.float64, device=nll.device) for _ in range(2))
+    used, losses = (torch.full(shape, float("nan"), dtype=torch.float64, device=nll.device) for _ in range(2))
+
+    numbers = torch.tensor(loops, dtype=torch.float64, device=nll.device)
 
     def put(rule: int, setting: int, chosen: Int[Tensor, "document pos"]) -> None:
         taken = nll.gather(0, chosen[None])[0]
-        loops[:, rule, setting] = over_tokens(chosen[None].double(), kept)[:, 0]
+        used[:, rule, setting] = over_tokens(numbers[chosen][None], kept)[:, 0]
         losses[:, rule, setting] = over_tokens(taken[None].double(), kept)[:, 0]
 
     for index, (name, rule) in enumerate(RULES.items()):
@@ -127,4 +132,12 @@ def trade_off(series: Mapping[str, Series], kept: Bool[Tensor, "document pos"]) 
             for setting, threshold in enumerate(rule.thresholds):
                 put(index, setting, exit_loops(rule.leaves(series, threshold)))
     put(len(RULES), 0, nll[1:].argmin(0) + 1)
-    return {"exit_rule_loops": loops, "exit_rule_nll": losses}
+    return {"exit_rule_loops": used, "exit_rule_nll": losses}
+
+
+def thresholds() -> Float[Tensor, "rule setting"]:
+    """The thresholds of every rule, NaN beyond its own and for the oracle."""
+    table = torch.full((len(RULES) + 1, SETTINGS), float("nan"), dtype=torch.float64)
+    for index, rule in enumerate(RULES.values()):
+        table[index, : len(rule.thresholds)] = torch.tensor(rule.thresholds, dtype=torch.float64)
+    return table

@@ -116,6 +116,59 @@ def _turn(before: Tensor, middle: Tensor, after: Tensor, kept: Bool[Tensor, "doc
     return over_tokens(torch.cat((none, cosine)), kept & torch.cat((none.isnan(), moved)))
 
 
+def fixed_point_gap(trace: LoopTrace) -> PerLoop:
+    """||Y_r - Y_{r+1}||, mean over tokens: how far a state is from a fixed point of the map that the model runs.
+
+    Embedding injected, offset applied, loop 1's memory shared. In the units of the residual stream, >= 0; loops 1..R,
+    NaN at loop 0. Where every loop was kept, it is the step size of the next.
+
+    Raises:
+        ValueError: The trace lacks what `with_maps` adds.
+
+    Source: arXiv 2606.18023, fixed-point gap, on the loop as it runs.
+    """
+    return over_tokens(_gaps(trace, trace.following), trace.mask)
+
+
+def fixed_point_gap_relative(trace: LoopTrace) -> PerLoop:
+    """||Y_r - Y_{r+1}|| / ||Y_r||, mean over tokens; dimensionless, otherwise as `fixed_point_gap`."""
+    return over_tokens(_gaps(trace, trace.following) / at_least_float32(trace.raw).norm(dim=-1), trace.mask)
+
+
+def fixed_point_gap_layers(trace: LoopTrace) -> PerLoop:
+    """||Y_r - f(Y_r)||, mean over tokens, f the layers alone as loop 1 passes them: the paper's formula read literally.
+
+    No loop of a model with an offset, an injection or a shared memory computes this f from Y_r, so a gap of 0 is
+    nothing that such a model could reach. Otherwise as `fixed_point_gap`.
+
+    Source: arXiv 2606.18023, fixed-point gap.
+    """
+    return over_tokens(_gaps(trace, trace.mapped), trace.mask)
+
+
+def _gaps(trace: LoopTrace, after: Tensor | None) -> PerToken:
+    if after is None:
+        raise ValueError(
+            "A fixed-point gap needs one loop more: loopdiag.trace.with_maps(model, batch, trace) runs it."
+        )
+    moved = (at_least_float32(after) - at_least_float32(trace.raw)).norm(dim=-1)
+    return torch.cat((undefined(moved, 1), moved[1:]))
+
+
+# A step that is not above so many times what rounding adds to it says nothing.
+ABOVE_NOISE = 2.0
+
+
+def noise_step(trace: LoopTrace, exact: LoopTrace) -> PerLoop:
+    """||(Y_r - Y_{r-1}) - (Y'_r - Y'_{r-1})||, mean over tokens, Y' of the same run in higher precision.
+
+    What rounding adds to an update: a step size that is not well above it says nothing. Units and NaN as `step_size`.
+    """
+    y, y_exact = trace.raw.double(), exact.raw.double()
+    moved = ((y[1:] - y[:-1]) - (y_exact[1:] - y_exact[:-1])).norm(dim=-1)
+    return over_tokens(torch.cat((undefined(moved, 1), moved)), trace.mask)
+
+
 SETTLING, ORBITING, DRIFTING = 0, 1, 2
 # An update is a turn back beyond chance when its cosine lies this much below that of unrelated states.
 BEYOND_CHANCE = 0.1
@@ -132,7 +185,7 @@ def label(trace: LoopTrace) -> Float[Tensor, " document"]:
 
     The limits are conventions of this project.
     """
-    if trace.n_loops < 3:
+    if len(trace.raw) < 4:
         return torch.full((len(trace.mask),), float("nan"), dtype=torch.float64)
     step, cosine, reference = step_size(trace), cos_update(trace)[:, -1], cos_reference(trace)[:, -1]
     settles = step[:, -1] <= SHRINKS_TO * step[:, -2]

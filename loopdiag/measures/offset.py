@@ -40,13 +40,11 @@ def omega_random(trace: LoopTrace) -> PerLoop:
     Units and NaN as for `omega`.
     """
     z = at_least_float32(trace.carry[1:-1])
-    distances = torch.full((len(trace.mask), trace.n_loops + 1), float("nan"), dtype=z.dtype, device=z.device)
+    distances = torch.full((len(trace.mask), len(trace.raw)), float("nan"), dtype=z.dtype, device=z.device)
     for document, real in enumerate(trace.mask):
-        tokens = int(real.sum())
-        states = z[:, document, real]
-        # The direct form: the matrix-product form loses the distances of nearly equal states.
-        pairs = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist")
-        distances[document, 2:] = pairs.sum((1, 2)) / (tokens * (tokens - 1))
+        for loop, states in enumerate(z[:, document, real], start=2):
+            # Of the direct form: the matrix-product form loses the distances of nearly equal states.
+            distances[document, loop] = torch.pdist(states).mean()
     return distances
 
 

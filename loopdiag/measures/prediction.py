@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopdiag.measures.reduce import at_least_float32, over_tokens, undefined
@@ -15,9 +15,11 @@ from loopdiag.trace import LoopTrace, States
 PerLoop = Float[Tensor, "document loop"]
 
 # Logits of this many entries (all loops together) exist at a time. On a CPU they should stay in its cache (four times
-# as fast as 2**26 on a vocabulary of 2,048); a GPU wants large blocks.
+# as fast as 2**26 on a vocabulary of 2,048); a GPU wants large blocks. A head too wide for the cache is read again for
+# every block: there, more at a time is twice as fast (32,000).
 LOGITS_AT_A_TIME = {"cpu": 2**20}
 LOGITS_ELSEWHERE = 2**26
+WIDE, LOGITS_OF_WIDE = 2**13, 2**23
 
 
 def exits(trace: LoopTrace) -> dict[str, PerLoop]:
@@ -51,6 +53,53 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
 def exit_series(trace: LoopTrace) -> dict[str, Float[Tensor, "loop document pos"]]:
     """What `exits` averages, token by token; 0 where no next token is predicted."""
     return per_token(trace, trace.readout, _exits_of)
+
+
+def by_class(
+    series: dict[str, Float[Tensor, "loop document pos"]],
+    trace: LoopTrace,
+    class_of_token: Int[Tensor, " vocab"],
+    classes: int,
+) -> dict[str, Tensor]:
+    """NLL, gain and cost by the class of the next token.
+
+    Args:
+        series: `exit_series` of the trace.
+        trace: The batch.
+        class_of_token: Each token's class.
+        classes: How many there are.
+
+    Returns:
+        `class_share` [document, class], share of a document's next tokens, and `nll_by_class`, `gain_by_class`,
+        `cost_by_class` [document, loop, class] in nats per token, NaN where a document has none of the class.
+    """
+    if trace.input_ids is None:
+        raise ValueError("by_class: this trace lacks tokens, so there are no classes.")
+    following = class_of_token.to(trace.input_ids.device)[trace.input_ids.roll(-1, dims=1)]
+    inside = [trace.predicts & (following == number) for number in range(classes)]
+    total = trace.predicts.sum(1)
+    found = {"class_share": torch.stack([kept.sum(1).double() / total for kept in inside], dim=-1)}
+    for name, of in (("nll_by_class", "nll_exit"), ("gain_by_class", "gain"), ("cost_by_class", "cost")):
+        found[name] = torch.stack([over_tokens(series[of], kept) for kept in inside], dim=-1)
+    return found
+
+
+def noise(
+    series: dict[str, Float[Tensor, "loop document pos"]],
+    exact: dict[str, Float[Tensor, "loop document pos"]],
+    kept: Bool[Tensor, "document pos"],
+) -> dict[str, PerLoop]:
+    """`noise_shift` and `noise_nll`: mean |x - x'| over tokens of output shift and NLL, x' in higher precision.
+
+    A value that is not well above it says nothing about the model. In nats, NaN where the measure is.
+
+    Args:
+        series: `exit_series` of a run.
+        exact: That of the same run in higher precision.
+        kept: Tokens that count.
+    """
+    of = {"noise_shift": "output_shift", "noise_nll": "nll_exit"}
+    return {name: over_tokens((series[x].double() - exact[x]).abs(), kept) for name, x in of.items()}
 
 
 def lens(trace: LoopTrace) -> dict[str, PerLoop]:
@@ -104,7 +153,8 @@ def per_token(
     targets = trace.input_ids.roll(-1, dims=1)[predicts]
     kept = states[:, predicts]  # [loop, token, d_model]
     width = trace.head(states[:1, :1, :1]).shape[-1]
-    block = max(1, LOGITS_AT_A_TIME.get(kept.device.type, LOGITS_ELSEWHERE) // (width * len(kept)))
+    most = LOGITS_AT_A_TIME.get(kept.device.type, LOGITS_ELSEWHERE)
+    block = max(1, (max(most, LOGITS_OF_WIDE) if width > WIDE else most) // (width * len(kept)))
     parts = [
         of_logits(at_least_float32(trace.head(kept[:, start : start + block])), targets[start : start + block])
         for start in range(0, max(1, len(targets)), block)
@@ -132,15 +182,17 @@ def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dic
     true = logits.gather(-1, targets[None, :, None].expand(len(logits), -1, 1))
     nll = _nll(log_p, targets)
     change = nll[1:] - nll[:-1]
-    middle = ((p[1:] + p[:-1]) / 2).clamp_min(torch.finfo(p.dtype).tiny).log()
+    moved = log_p[1:] - log_p[:-1]
+    middle = (p[1:] + p[:-1]).div_(2).clamp_min_(torch.finfo(p.dtype).tiny).log_()
     divergence = {
-        "output_shift": _kl(p[1:], log_p[1:], log_p[:-1]),
-        "output_shift_reverse": _kl(p[:-1], log_p[:-1], log_p[1:]),
+        "output_shift": (p[1:] * moved).sum(-1),
+        "output_shift_reverse": -(p[:-1] * moved).sum(-1),
         "output_shift_js": (_kl(p[1:], log_p[1:], middle) + _kl(p[:-1], log_p[:-1], middle)) / 2,
         "gain": (-change).clamp_min(0),
         "cost": change.clamp_min(0),
     }
-    rank = 1 + (logits > true).sum(-1) + ((logits == true).sum(-1) - 1) / 2
+    better, tied = (x.sum(-1, dtype=torch.int32) for x in (logits > true, logits == true))  # slow in int64
+    rank = 1 + better + (tied - 1) / 2
     best = logits.argmax(-1)
     right = best == targets
     flips = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopdiag.trace import LoopTrace
@@ -21,13 +22,22 @@ def hsic(x: Float[Tensor, "view token d_model"]) -> Float[Tensor, "view view_b"]
 
     Source: Song et al. (2012), HSIC_1, as in minibatch CKA (Nguyen et al., 2021).
     """
-    n = x.shape[1]
-    if n < 4:
-        raise ValueError(f"hsic: {n} tokens are too few: at least 4 are needed.")
+    if x.shape[1] < 4:
+        raise ValueError(f"hsic: {x.shape[1]} tokens are too few: at least 4 are needed.")
+    return _hsic_of(_gram(x))
+
+
+def _gram(x: Float[Tensor, "*view token d_model"]) -> Float[Tensor, "*view token token_b"]:
+    """Inner products of every two tokens of a view, in float64, zero on the diagonal."""
     x = x.double()
-    x = x - x.mean(1, keepdim=True)  # changes nothing but rounding: it keeps the Gram entries small
-    gram = x @ x.transpose(1, 2)
-    gram.diagonal(dim1=1, dim2=2).zero_()
+    x = x - x.mean(-2, keepdim=True)  # changes nothing but rounding: it keeps the entries small
+    gram = x @ x.transpose(-1, -2)
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    return gram
+
+
+def _hsic_of(gram: Float[Tensor, "view token token_b"]) -> Float[Tensor, "view view_b"]:
+    n = gram.shape[1]
     flat, rows = gram.flatten(1), gram.sum(2)
     total = rows.sum(1)
     return (flat @ flat.T + total[:, None] * total / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
@@ -39,13 +49,49 @@ def loop_hsic(trace: LoopTrace, tokens: int) -> Float[Tensor, "document loop loo
     Stored rather than the ratio, so that documents can be pooled: their HSIC are averaged before `cka` divides them.
     NaN for documents with fewer real tokens.
     """
-    loops = trace.n_loops + 1
+    loops = len(trace.raw)
     found = torch.full((len(trace.mask), loops, loops), math.nan, dtype=torch.float64)
     states = trace.normed
     for document, real in enumerate(trace.mask):
         if int(real.sum()) >= tokens:
             found[document] = hsic(states[:, document, real][:, :tokens]).cpu()
     return found
+
+
+class LayerSimilarity:
+    """HSIC of the states after every two layers of any loops: `record(..., on_layer=LayerSimilarity(...))`.
+
+    Of a state, only the inner products of its first `tokens` real tokens are kept.
+
+    Args:
+        tokens: Tokens of each document that count; documents with fewer have NaN.
+        norm: What is applied to a state first: the model's final norm, for states as a head would read them.
+    """
+
+    def __init__(self, tokens: int, norm: Callable[[Tensor], Tensor]) -> None:
+        self.tokens, self.norm = tokens, norm
+        self._grams: dict[tuple[int, int], list[Tensor | None]] = {}
+
+    def __call__(
+        self, loop: int, layer: int, state: Float[Tensor, "document pos d_model"], mask: Bool[Tensor, "document pos"]
+    ) -> None:
+        self._grams[loop, layer] = [
+            _gram(self.norm(h[real][: self.tokens])) if int(real.sum()) >= self.tokens else None
+            for h, real in zip(state, mask, strict=True)
+        ]
+
+    def result(self) -> dict[str, Float[Tensor, "document loop layer loop_b layer_b"]]:
+        """`hsic_layers`; loops are 0 and those that were watched, NaN at loop 0. `cka` of it wants the places flat."""
+        loops = sorted({loop for loop, _ in self._grams})
+        layers = 1 + max(layer for _, layer in self._grams)
+        documents = len(next(iter(self._grams.values())))
+        found = torch.full((documents, *(len(loops) + 1, layers) * 2), math.nan, dtype=torch.float64)
+        for document in range(documents):
+            grams = [self._grams[loop, layer][document] for loop in loops for layer in range(layers)]
+            if grams[0] is not None:
+                terms = _hsic_of(torch.stack(grams)).cpu()  # type: ignore[arg-type]
+                found[document, 1:, :, 1:] = terms.reshape(*(len(loops), layers) * 2)
+        return {"hsic_layers": found}
 
 
 def cka(terms: Float[Tensor, "*batch view view_b"]) -> Float[Tensor, "*batch view view_b"]:

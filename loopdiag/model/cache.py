@@ -55,7 +55,7 @@ class LoopCache(ActivationCache):
     def loop(self, loop: int) -> OneLoopCache:
         """The activations of one loop under the names of an ordinary run (`blocks.{layer}...`).
 
-        The loop's own points (`hook_in`, `hook_out_pre_norm`, `hook_out`, `hook_readout`) keep their
+        The loop's own points (`hook_carry`, `hook_in`, `hook_out_pre_norm`, `hook_out`, `hook_readout`) keep their
         names; `hook_embed` is the embedding in every loop.
 
         Raises:

@@ -22,6 +22,7 @@ from loopdiag.model.exit_gate import EarlyExit, exit_loop, exit_probabilities
 from loopdiag.model.layers import CodaHooks, Gate, KeyValue, Layer, Layout, LoopHooks, PreludeHooks, RopeTable
 from loopdiag.model.past import Past
 from loopdiag.model.states import State, random_state, shift
+from loopdiag.model.wiring import Wiring
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -31,8 +32,9 @@ class LoopedLM(HookedRootModule):
 
     Weights stand once, under `blocks.{layer}`; hook points once per loop, under `loops.{loop}`, loops
     numbered from 1. E is the embedding, after the prelude where there is one. Loop 1 passes E through the
-    layers; loop r >= 2 passes B_r = a*E + b*shift(Z_{r-1}) (see `LoopedConfig.injection`). Models with a
-    random initial state Z_0 pass B_1, made alike. Three states leave a loop:
+    layers; loop r >= 2 passes B_r = a*E + b*S_r (see `LoopedConfig.injection`), S_r = shift(Z_{r-1}) being the carry
+    as it enters the loop: `loops.{r}.hook_carry`. Models with a random initial state Z_0 pass B_1, made alike. Three
+    states leave a loop:
 
     - Y_r, the raw output of the last layer: `loops.{r}.hook_out_pre_norm`;
     - Z_r, what is handed on: `loops.{r}.hook_out`, which is N(Y_r) in the last loop before the head, and in every
@@ -49,6 +51,9 @@ class LoopedLM(HookedRootModule):
             configuration alone.
         stop_tokens: Tokens that end a generated text.
         source: Name, folder or hub id that it was loaded from.
+        wiring: What single loops do otherwise than `cfg` says; see `loopdiag.interventions`.
+        layout: While a run is going on, where its tokens stand and which are real, for hooks that must know; else None.
+        on_growth: Called with the number of every loop that gets hook points later.
 
     Source: arXiv 2510.24824 (Parallel Loop Transformers), arXiv 2606.18023 (LoopCoder-v2), 2502.05171 (Huginn),
     2510.25741 (Ouro).
@@ -60,6 +65,9 @@ class LoopedLM(HookedRootModule):
         self.tokenizer: Any = None
         self.stop_tokens: tuple[int, ...] = ()
         self.source = "a model made here"
+        self.wiring = Wiring()
+        self.layout: Layout | None = None
+        self.on_growth: list[Callable[[int], None]] = []
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.hook_embed = HookPoint()
         self.rope_table = RopeTable(cfg) if cfg.rope_table else None
@@ -122,10 +130,14 @@ class LoopedLM(HookedRootModule):
                 f"n_loops = {n_loops!r} is not allowed: it must be an integer >= 1 "
                 f"(this model was trained with {self.cfg.n_loops})."
             )
-        if n_loops > len(self.loops):
-            for loop in range(len(self.loops) + 1, n_loops + 1):
-                self.loops[str(loop)] = LoopHooks(self.cfg, loop).train(self.training)
+        new = range(len(self.loops) + 1, n_loops + 1)
+        for loop in new:
+            self.loops[str(loop)] = LoopHooks(self.cfg, loop).train(self.training)
+        if new:
             self.setup()
+        for loop in new:
+            for tell in self.on_growth:
+                tell(loop)
 
     def forward(
         self,
@@ -154,7 +166,8 @@ class LoopedLM(HookedRootModule):
         Raises:
             ValueError: `input_ids` of the wrong shape or beyond the vocabulary, a mask of another shape or
                 with a hole in a row, `n_loops` below 1, an unknown `return_type`, an initial state of another
-                shape or of a model that has none, a past of other texts or loops, or tokens beyond a stored RoPE table.
+                shape or of a model that has none, a past of other texts or loops, an order of
+                loops that does not fit, or tokens beyond a stored RoPE table.
         """
         if return_type not in ("logits", "last", "loss"):
             raise ValueError(f"return_type = {return_type!r} is not allowed: use 'logits', 'last' or 'loss'.")
@@ -165,43 +178,25 @@ class LoopedLM(HookedRootModule):
             raise ValueError("return_type='loss' needs at least 2 tokens, one to predict from and one to predict.")
         if past is not None and mask is not None:
             raise ValueError("past goes with texts of one length: attention_mask must be all 1, or left out.")
+        order = self._order(n_loops)
         seen = 0 if past is None else past.seen
         self._check_length(seen + input_ids.shape[1])
-        embedding = self.hook_embed(self._embedded(input_ids))
-        layout = Layout.of(self.cfg, input_ids, mask, embedding.dtype, self.rope_table, seen)
-        carry = self._initial(embedding, layout, initial_state, seed)
-        if past is not None:
-            # Only now, when nothing else can be wrong with this run: a run that fails half-way spoils its past.
-            exits = [r for r in range(1, n_loops) if self.cfg.n_coda and self._hooks(r).reads_out()]
-            past.begin(len(input_ids), n_loops, exits)
-        start = self._prelude(embedding, layout, past)
-        memory: list[KeyValue | None] = [None] * self.cfg.n_layers
-        for loop in range(1, n_loops + 1):
-            hooks = self._hooks(loop)
-            # A copy: hooks that edit in place must not reach the E that later loops inject.
-            x = hooks.hook_in(start.clone() if carry is None else self._inject(start, carry, layout, past, loop))
-            for layer, block in enumerate(self.blocks):
-                extend = None
-                if past is not None:
-                    extend = past.extend((loop, layer), None if memory[layer] is None else self.cfg.window - 1)
-                x, made = block(x, layout, hooks.blocks[layer], memory[layer], extend)
-                if loop == 1 and self.cfg.memory == "first":
-                    memory[layer] = made
-            raw = hooks.hook_out_pre_norm(x)
-            if self.cfg.exit_gate and hooks.hook_exit_gate.has_hooks():
-                hooks.hook_exit_gate(torch.sigmoid(self.exit_gate(self.ln_final(raw))).squeeze(-1))
-            last = loop == n_loops
-            handed = self.ln_final(raw) if self.cfg.norm_between_loops or (last and not self.cfg.n_coda) else raw
-            if not last and hooks.reads_out():
-                self._exit(handed if self.cfg.n_coda else self.ln_final(raw), loop, layout, past, silent=True)
-            carry = handed = hooks.hook_out(handed)
-        readout = self._exit(handed, n_loops, layout, past)
+        outer = self.layout  # of a run whose hook runs the model again
+        self.layout = Layout.of(self.cfg, input_ids, mask, self.embed.weight.dtype, self.rope_table, seen)
+        try:
+            readout = self._run(input_ids, order, self.layout, past, initial_state, seed)
+        finally:
+            self.layout = outer
         if past is not None:
             past.end(input_ids.shape[1])
         if return_type == "last":
             return self.unembed(readout[:, -1])
         logits = self.unembed(readout)
         return logits if return_type == "logits" else next_token_loss(logits, input_ids, mask)
+
+    def offset_into(self, loop: int) -> int:
+        """Tokens by which the carry is shifted on its way into `loop`."""
+        return self.wiring.offsets.get(loop, self.cfg.offset)
 
     def generate(self, input_ids: Int[Tensor, "batch pos"], max_new_tokens: int, **settings: Any) -> Tensor:
         """Go on with texts, token by token; see `loopdiag.model.generation.generate`."""
@@ -251,7 +246,7 @@ class LoopedLM(HookedRootModule):
             n_loops: Loops to run at most; the trained number when None.
 
         Raises:
-            ValueError: The model has no exit gate, or `threshold` is not above 0.
+            ValueError: The model has no exit gate, `threshold` is not above 0, or the order of loops is changed.
         """
         if not self.cfg.exit_gate:
             raise ValueError("early_exit: this model has no exit gate; model(ids, n_loops=r) stops after loop r.")
@@ -259,6 +254,10 @@ class LoopedLM(HookedRootModule):
         if not threshold > 0:
             raise ValueError(
                 f"threshold = {threshold} is not allowed: it must be a number > 0; from 1 on, none leaves early."
+            )
+        if self.wiring.order is not None:
+            raise ValueError(
+                "early_exit: loops are skipped, repeated or swapped, so exits have no order to choose from."
             )
         n_loops = self.cfg.n_loops if n_loops is None else n_loops
         self.ensure_loops(n_loops)
@@ -271,6 +270,74 @@ class LoopedLM(HookedRootModule):
         loop = exit_loop(probabilities, threshold)
         chosen = readouts.gather(2, (loop - 1)[:, :, None, None].expand(-1, -1, 1, readouts.shape[3])).squeeze(2)
         return EarlyExit(self.unembed(chosen), loop, probabilities)
+
+    def _order(self, n_loops: int) -> tuple[int, ...]:
+        """The loops to pass, by name."""
+        loops = tuple(range(1, n_loops + 1))
+        if self.wiring.order is None:
+            return loops
+        order = tuple(self.wiring.order(loops))
+        # Loop 1 starts from E, or makes what later loops remember.
+        bound = self.cfg.initial_state == "embedding" or self.cfg.memory == "first"
+        if not order or not set(order) <= set(loops) or (bound and (order[0] != 1 or 1 in order[1:])):
+            first = ", loop 1 first and only once" if bound else ""
+            raise ValueError(f"The order of loops {order} is not allowed: it must be of loops 1 to {n_loops}{first}.")
+        return order
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        order: tuple[int, ...],
+        layout: Layout,
+        past: Past | None,
+        initial_state: State | None,
+        seed: int,
+    ) -> State:
+        """What the head reads after the loops of `order`.
+
+        What a past keeps goes by the turn of a pass, which differs from the loop's name where the order is changed.
+        """
+        embedding = self.hook_embed(self._embedded(input_ids))
+        carry = self._initial(embedding, layout, initial_state, seed)
+        if past is not None:
+            # Only now, when nothing else can be wrong with this run: a run that fails half-way spoils its past.
+            turns = enumerate(order[:-1], start=1)
+            exits = [turn for turn, loop in turns if self.cfg.n_coda and self._hooks(loop).reads_out()]
+            past.begin(len(input_ids), len(order), exits, self._memorable(order))
+        start = self._prelude(embedding, layout, past)
+        memory: list[KeyValue | None] = [None] * self.cfg.n_layers
+        for turn, loop in enumerate(order, start=1):
+            hooks = self._hooks(loop)
+            # A copy: hooks that edit in place must not reach the E that later loops inject.
+            x = start.clone() if carry is None else self._inject(start, carry, layout, past, loop, turn)
+            x = hooks.hook_in(x)
+            for layer, block in enumerate(self.blocks):
+                shared = memory[layer]
+                extend = None
+                if past is not None:
+                    extend = past.extend((turn, layer), None if shared is None else self.cfg.window - 1)
+                own = shared is not None and self.wiring.remembers_itself(loop)
+                x, made = block(x, layout, hooks.blocks[layer], "own" if own else shared, extend)
+                if turn == 1 and self.cfg.memory == "first":
+                    memory[layer] = made
+            raw = hooks.hook_out_pre_norm(x)
+            if self.cfg.exit_gate and hooks.hook_exit_gate.has_hooks():
+                hooks.hook_exit_gate(torch.sigmoid(self.exit_gate(self.ln_final(raw))).squeeze(-1))
+            last = turn == len(order)
+            handed = self.ln_final(raw) if self.cfg.norm_between_loops or (last and not self.cfg.n_coda) else raw
+            if not last and hooks.reads_out():
+                self._exit(handed if self.cfg.n_coda else self.ln_final(raw), loop, turn, layout, past, silent=True)
+            carry = handed = hooks.hook_out(handed)
+        return self._exit(handed, loop, turn, layout, past)
+
+    def _memorable(self, order: tuple[int, ...]) -> tuple:
+        """The wiring that all runs of one past must share."""
+        if self.cfg.memory == "first" and any(self.wiring.remembers_itself(loop) for loop in order[1:]):
+            raise ValueError(
+                "own_memory does not go with a past, which keeps no more than the window of later loops: "
+                "run the whole text at once."
+            )
+        return order, self.cfg.window, tuple(self.offset_into(loop) for loop in order)
 
     def _embedded(self, input_ids: Tensor) -> State:
         if input_ids.is_cuda and not torch.compiler.is_compiling():
@@ -296,19 +363,21 @@ class LoopedLM(HookedRootModule):
             x, _ = block(x, layout, self.prelude.blocks[layer], extend=extend)
         return self.prelude.hook_out(x)
 
-    def _coda(self, handed: State, layout: Layout, hooks: CodaHooks, past: Past | None = None, loop: int = 0) -> State:
+    def _coda(self, handed: State, layout: Layout, hooks: CodaHooks, past: Past | None = None, turn: int = 0) -> State:
         x = hooks.hook_in(self.ln_final(handed) if self.cfg.norm_before_coda else handed)
         for layer, block in enumerate(self.coda_blocks):
-            extend = None if past is None else past.extend(("coda", loop, layer))
+            extend = None if past is None else past.extend(("coda", turn, layer))
             x, _ = block(x, layout, hooks.blocks[layer], extend=extend)
         return x
 
-    def _exit(self, state: State, loop: int, layout: Layout, past: Past | None, silent: bool = False) -> State:
+    def _exit(
+        self, state: State, loop: int, turn: int, layout: Layout, past: Past | None, silent: bool = False
+    ) -> State:
         """What the head reads after `loop`; `state` is what the coda reads, or without one N(Y)."""
         hooks = self._hooks(loop)
         if self.cfg.n_coda:
             coda = self._silent_coda[0] if silent else self.coda
-            state = self.ln_final(hooks.hook_coda_out(self._coda(state, layout, coda, past, loop)))
+            state = self.ln_final(hooks.hook_coda_out(self._coda(state, layout, coda, past, turn)))
         return hooks.hook_readout(state)
 
     def _initial(self, embedding: State, layout: Layout, given: State | None, seed: int) -> State | None:
@@ -324,11 +393,11 @@ class LoopedLM(HookedRootModule):
         # A copy: hooks that edit in place must not reach the caller's tensor.
         return self.hook_initial_state(given.to(embedding).clone())
 
-    def _inject(self, start: State, carry: State, layout: Layout, past: Past | None, loop: int) -> State:
-        """B_r of Z_{r-1}."""
-        offset = self.cfg.offset
-        before = None if past is None or not offset else past.before(loop, carry, offset)
-        shifted = shift(carry, offset, layout.real, before)
+    def _inject(self, start: State, carry: State, layout: Layout, past: Past | None, loop: int, turn: int) -> State:
+        """B of the loop that takes over `carry`."""
+        offset = self.offset_into(loop)
+        before = None if past is None or not offset else past.before(turn, carry, offset)
+        shifted = self._hooks(loop).hook_carry(shift(carry, offset, layout.real, before))
         if self.cfg.injection == "none":
             return shifted
         if self.cfg.injection == "concat":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 
 from loopdiag.errors import InputError
 
@@ -23,3 +27,19 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if chosen is None or chosen not in DTYPES.values():
         raise InputError(f"dtype {dtype!r} is not allowed: use {', '.join(DTYPES)}.")
     return chosen
+
+
+@contextmanager
+def higher_precision(model: nn.Module) -> Iterator[None]:
+    """The model with the same weights in the next higher precision: half as float32, anything else as float64.
+
+    Afterwards every weight is what it was, to the bit. Takes the memory of the weights in the higher precision.
+    """
+    kept = [(weight, weight.dtype) for weight in model.parameters()]
+    try:
+        for weight, dtype in kept:
+            weight.data = weight.data.to(torch.float32 if dtype.itemsize == 2 else torch.float64)
+        yield
+    finally:
+        for weight, dtype in kept:
+            weight.data = weight.data.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from loopdiag.model.config import LoopedConfig, RopePairs
 Heads = Float[Tensor, "batch pos head d_head"]
 KeyHeads = Float[Tensor, "batch key kv_head d_head"]
 KeyValue = tuple[KeyHeads, KeyHeads]
+# What the global branch of a blend reads: loop 1's, or for once the loop's own. None where nothing is blended.
+Memory = KeyValue | Literal["own"] | None
 # This run's keys and values, with those that earlier runs left behind before them.
 Extend = Callable[[KeyValue], KeyValue]
 
@@ -52,6 +55,8 @@ class LoopHooks(nn.Module):
     def __init__(self, cfg: LoopedConfig, loop: int) -> None:
         super().__init__()
         blends = cfg.memory == "first" and loop > 1
+        if loop > 1 or cfg.initial_state == "random":
+            self.hook_carry = HookPoint()
         self.hook_in = HookPoint()
         self.blocks = nn.ModuleList(LayerHooks(blends) for _ in range(cfg.n_layers))
         self.hook_out_pre_norm, self.hook_out = HookPoint(), HookPoint()
@@ -118,6 +123,7 @@ class Layout:
         causal: Allowed keys of the full attention, or None when plain causality says it all.
         local: Allowed keys of the sliding window; None where no loop has one.
         real: False on padding, or None when there is none.
+        seen: Tokens of earlier runs, which go before these.
     """
 
     positions: Int[Tensor, "#batch pos"]
@@ -126,6 +132,7 @@ class Layout:
     causal: Bool[Tensor, "#batch 1 pos key"] | None
     local: Bool[Tensor, "#batch 1 pos near"] | None
     real: Bool[Tensor, "batch pos"] | None
+    seen: int
 
     @classmethod
     def of(
@@ -165,7 +172,7 @@ class Layout:
         cos, sin = _angles(cfg, positions, table)
         # Half precisions are turned in float32: angles rounded to bfloat16 move logits.
         dtype = torch.promote_types(dtype, torch.float32)
-        return cls(positions, cos.to(dtype), sin.to(dtype), causal, local, mask)
+        return cls(positions, cos.to(dtype), sin.to(dtype), causal, local, mask, seen)
 
 
 def _angles(cfg: LoopedConfig, positions: Int[Tensor, "#batch pos"], table: RopeTable | None) -> tuple[Tensor, Tensor]:
@@ -252,13 +259,13 @@ class Attention(nn.Module):
         resid_pre: Float[Tensor, "batch pos d_model"],
         layout: Layout,
         hooks: AttentionHooks,
-        memory: KeyValue | None,
+        memory: Memory,
         extend: Extend | None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValue]:
         """Attention output, and the rotated keys and the values that it saw as its own.
 
         With `memory` (loop 1's keys and values) the output blends attention to the memory with a
-        sliding window over this call's own.
+        sliding window over this call's own; `"own"` takes these for the memory, too.
         """
         q, k, v = (
             hook(project(normed).unflatten(-1, (-1, self.d_head)))
@@ -275,7 +282,8 @@ class Attention(nn.Module):
         if memory is None:
             z = attend(q, k, v, layout.causal, hooks.hook_pattern)
         else:
-            everywhere = hooks.hook_z_global(attend(q, *memory, layout.causal, hooks.hook_pattern_global))
+            kept: KeyValue = (k, v) if isinstance(memory, str) else memory
+            everywhere = hooks.hook_z_global(attend(q, *kept, layout.causal, hooks.hook_pattern_global))
             nearby = hooks.hook_z_local(attend(q, k, v, layout.local, hooks.hook_pattern_local))
             gate = hooks.hook_gate(self.gate(resid_pre, q)).unsqueeze(-1)
             z = gate * everywhere + (1 - gate) * nearby
@@ -321,7 +329,7 @@ class Layer(nn.Module):
         x: Float[Tensor, "batch pos d_model"],
         layout: Layout,
         hooks: LayerHooks,
-        memory: KeyValue | None = None,
+        memory: Memory = None,
         extend: Extend | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValue]:
         x = hooks.hook_resid_pre(x)

@@ -24,20 +24,22 @@ class Past:
     def __init__(self) -> None:
         self.seen = 0
         self._run: tuple[int, int, list[int]] | None = None
+        self._wiring: Hashable = None
         self._running = False
         self._kept: dict[Hashable, KeyValue] = {}
         self._carries: dict[int, State] = {}
 
-    def begin(self, texts: int, n_loops: int, exits: list[int]) -> None:
+    def begin(self, texts: int, n_loops: int, exits: list[int], wiring: Hashable) -> None:
         """Refuse a run that does not go on from this past; the first run settles what goes on.
 
         Args:
             texts: How many.
             n_loops: Loops of the run.
             exits: Loops before the last whose exits through a coda are read: these need keys and values of their own.
+            wiring: What else must stay as it is: the order of the loops, window and offsets.
 
         Raises:
-            ValueError: Other texts, loops or exits than before, or the run before failed.
+            ValueError: Other texts, loops, exits or wiring than before, or the run before failed.
         """
         if self._running:
             raise ValueError("The run before failed and left this past half written. Start with a new Past().")
@@ -47,7 +49,12 @@ class Past:
                 f"This past is of {was_texts} texts, {was_loops} loops and the early exits {was_exits}; {texts} texts, "
                 f"{n_loops} loops and the early exits {exits} do not go on from it. Start with a new Past()."
             )
-        self._run, self._running = (texts, n_loops, exits), True
+        if self._run is not None and self._wiring != wiring:
+            raise ValueError(
+                "The order of loops, the window or an offset is another than when this past began: run all of a text "
+                "within the same interventions, or start with a new Past()."
+            )
+        self._run, self._wiring, self._running = (texts, n_loops, exits), wiring, True
 
     def end(self, tokens: int) -> None:
         """The run is over and has added this many tokens."""

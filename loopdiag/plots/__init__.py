@@ -1,11 +1,33 @@
-"""Figures: one function each, which takes a result, draws it on axes and returns them.
+"""Figures: one function each, which takes results, draws them and returns the axes.
 
-Without axes, a figure in the style of a paper is made through pyplot. On given axes the caller's style stays; legends
-and small print stand around them, so their figure needs a layout: `plt.subplots(layout="constrained")`.
+A figure of one model draws on axes (`ax=`), one of several panels into a figure or a part of one (`figure=`). Without
+either, a figure in the style of a paper is made through pyplot. On what is given the caller's style stays; legends and
+small print stand around the axes, so the figure needs a layout: `plt.subplots(layout="constrained")`.
 """
 
+from loopdiag.plots.attention import attention, gate, heads
 from loopdiag.plots.dynamics import hidden_states, shift_against_offset
-from loopdiag.plots.files import draw
+from loopdiag.plots.exits import exit_rules
+from loopdiag.plots.files import draw, left_out, pictures
+from loopdiag.plots.loops import rarefaction
 from loopdiag.plots.nats import gain_cost, readability
+from loopdiag.plots.predictions import predictions, shares
+from loopdiag.plots.similarity import similarity
 
-__all__ = ["draw", "gain_cost", "hidden_states", "readability", "shift_against_offset"]
+__all__ = [
+    "attention",
+    "draw",
+    "exit_rules",
+    "gain_cost",
+    "gate",
+    "heads",
+    "hidden_states",
+    "left_out",
+    "pictures",
+    "predictions",
+    "rarefaction",
+    "readability",
+    "shares",
+    "shift_against_offset",
+    "similarity",
+]

@@ -1,129 +1,89 @@
-"""Figures of how states and outputs move from loop to loop, in the forms of arXiv 2606.18023."""
+"""How states and outputs move from loop to loop, in the forms of arXiv 2606.18023."""
 
 from __future__ import annotations
 
-import matplotlib
-import matplotlib.pyplot as plt
+from collections.abc import Sequence
+
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
 
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.plots.parts import (
-    BLUE,
-    GREY,
-    ORANGE,
-    PAGE,
-    PAPER,
-    REFERENCE,
-    Style,
-    band,
-    intervals,
-    legend,
-    line,
-    log_axis,
-    loop_axis,
-    message,
-    note,
-    short,
-    single,
-)
-
-FIRST: Style = {"color": BLUE, "marker": "o"}
-SECOND: Style = {"color": ORANGE, "marker": "s", "linestyle": "--"}
+from loopdiag.plots.panels import Panel, grid, several
 
 
-def shift_against_offset(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
-    """The paper's Figure 3: output shift Dp(r) on a log axis against offset distance Omega(r), with 95 % bands.
+def hidden_states(diagnoses: Diagnosis | Sequence[Diagnosis], *, figure: FigureBase | None = None) -> np.ndarray:
+    """Step size, angular change, effective rank and fixed-point gap, with 95 % bands over documents.
 
-    Omega has a twin axis in its own unit, from zero, and beside it the distance of any two tokens of a document. Where
-    the lines cross means nothing, since the units differ, and Dp does not say whether a shift helps.
-
-    Returns:
-        The axes of Dp; those of Omega are the figure's last.
-    """
-    about = diagnosis.provenance
-    with single(ax) as ax:
-        loop_axis(ax, 1, int(diagnosis.loops[-1]), about["trained_loops"])
-        log_axis(ax)
-        ax.set_ylabel("output shift Dp (nats)", color=BLUE)
-        line(ax, *band(diagnosis, "output_shift"), label="shift Dp", **FIRST)
-        notes = ["Dp is unsigned: a harmful shift counts too."]
-        right = []
-        loops, omega = band(diagnosis, "omega")
-        if len(loops):
-            twin = _twin(ax, "offset distance Ω (carry units)")
-            line(twin, loops, omega, label="offset Ω", **SECOND)
-            line(twin, *band(diagnosis, "omega_random"), label="Ω, random pairs", **REFERENCE)
-            twin.set_ylim(0, 1.1 * twin.get_ylim()[1])
-            right.append(twin)
-            notes.insert(0, "The axes have different units: a crossing means nothing.")
-        else:
-            notes.append("No loop here has an offset distance Ω.")
-        legend(ax, *right, title=short(about["model"]))
-        note(ax, intervals(about["documents"]), *notes)
-    return ax
-
-
-def hidden_states(diagnosis: Diagnosis, *, axes: np.ndarray | None = None) -> np.ndarray:
-    """Step size, angular change, effective rank and state cosine, with 95 % bands over documents.
-
-    In the form of the paper's Figure 2. The angular change stands beside that of unrelated states, the rank beside the
-    most that its token count allows.
+    In the form of the paper's Figure 2, with the relative step and the centred rank beside. The angular change stands
+    beside that of unrelated states, the fixed-point gap beside its literal form, of the layers alone. Where no gap was
+    measured, the cosine with the state before takes its place.
 
     Args:
-        diagnosis: What to draw.
-        axes: Four axes; a new figure when None.
+        diagnoses: One or several.
+        figure: Where to draw, with a constrained layout; a new one when None.
 
-    Raises:
-        ValueError: `axes` are not four.
+    Returns:
+        Six axes.
     """
-    if axes is None:
-        with matplotlib.rc_context(PAPER):
-            return hidden_states(diagnosis, axes=plt.subplots(2, 2, figsize=PAGE, layout="constrained")[1])
-    if np.size(axes) != 4:
-        raise ValueError(f"hidden_states draws on 4 axes and was given {np.size(axes)}: try plt.subplots(2, 2)[1].")
-    about = diagnosis.provenance
-    step, turn, rank, cosine = np.ravel(axes)
-    for ax in np.ravel(axes):
-        label = "beyond training" if ax is cosine else None
-        loop_axis(ax, 1, int(diagnosis.loops[-1]), about["trained_loops"], label)
-
-    log_axis(step)
-    step.set_ylabel("step size\n(norm in the residual stream)", color=BLUE)
-    line(step, *band(diagnosis, "step_size"), label="step size", **FIRST)
-    relative = _twin(step, "relative step\n(share of the state's norm)")
-    log_axis(relative)
-    relative.margins(y=0.3)  # Both lines fall: on full axes each they would lie on each other and seem one.
-    line(relative, *band(diagnosis, "relative_step"), label="relative", **SECOND)
-    legend(step, relative, title=short(about["model"]))
-
-    turn.set(ylabel="angular change\n(cosine of successive updates)", ylim=(-1.05, 1.05))
-    loops, updates = band(diagnosis, "cos_update")
-    line(turn, loops, updates, label="measured", **FIRST)
-    line(turn, *band(diagnosis, "cos_reference"), label="unrelated states", **REFERENCE)
-    if len(loops):
-        turn.axhline(0, color=GREY, linewidth=0.6, zorder=1)
-    else:
-        message(turn, "one loop: no successive updates")
-
-    tokens = about["rank_tokens"]
-    ceiling = min(tokens, (about["config"] or {}).get("d_model", tokens))
-    rank.set_ylabel(f"effective rank of {tokens} tokens\n(directions, at most {ceiling})")
-    line(rank, *band(diagnosis, "effective_rank"), label="raw", **FIRST)
-    line(rank, *band(diagnosis, "effective_rank_centred"), label="centred", **SECOND)
-
-    loops, cosines = band(diagnosis, "state_cosine")
-    cosine.set(ylabel="state cosine\n(with the loop before)", ylim=(-1.05 if (cosines.low < 0).any() else 0, 1.05))
-    line(cosine, loops, cosines, **FIRST)
-    legend(turn)
-    legend(rank)
-    legend(cosine, title=intervals(about["documents"]))
-    return axes
+    models = several(diagnoses)
+    counted = _counted(models)
+    gap = any("fixed_point_gap" in model.data for model in models)
+    panels = (
+        Panel("step_size", "step size\n(norm in the residual stream)", log=True),
+        Panel("relative_step", "relative step\n(share of the state's norm)", log=True),
+        Panel(
+            "cos_update",
+            "angular change\n(cosine of successive updates)",
+            reference=("cos_reference", "unrelated states"),
+            limits=(-1.05, 1.05),
+            why_empty="one loop: no successive updates",
+        ),
+        Panel("effective_rank", f"effective rank\n(directions of {counted})"),
+        Panel("effective_rank_centred", f"centred effective rank\n(directions of {counted})"),
+        Panel(
+            "fixed_point_gap",
+            "fixed-point gap\n(norm in the residual stream)",
+            first="one more loop",
+            second=("fixed_point_gap_layers", "layers alone"),
+            log=True,
+        )
+        if gap
+        else Panel("state_cosine", "state cosine\n(with the loop before)", limits=(None, 1.05)),
+    )
+    return grid(models, panels, columns=3, figure=figure)
 
 
-def _twin(ax: Axes, label: str) -> Axes:
-    """A second y axis on the right, in the colour of its line."""
-    twin = ax.twinx()
-    twin.spines["right"].set_visible(True)
-    twin.set_ylabel(label, color=ORANGE)
-    return twin
+def _counted(models: Sequence[Diagnosis]) -> str:
+    """The tokens that ranks are taken of, and the most that they and the width allow, where the models share it."""
+    abouts = [model.provenance for model in models]
+    tokens = sorted({about["rank_tokens"] for about in abouts})
+    most = {min(about["rank_tokens"], (about["config"] or {}).get("d_model", about["rank_tokens"])) for about in abouts}
+    of_tokens = " or ".join(map(str, tokens)) + " tokens"
+    return f"{of_tokens},\nat most {most.pop()}" if len(most) == 1 else of_tokens
+
+
+def shift_against_offset(diagnoses: Diagnosis | Sequence[Diagnosis], *, figure: FigureBase | None = None) -> np.ndarray:
+    """The paper's Figure 3: output shift Dp(r) and offset distance Omega(r), with 95 % bands.
+
+    The paper draws both into one panel; here each has its own, since they have different units and a crossing of their
+    lines means nothing. Omega stands beside the distance of any two tokens of a document. Dp does not say whether a
+    shift helps.
+
+    Args:
+        diagnoses: One or several.
+        figure: Where to draw, with a constrained layout; a new one when None.
+
+    Returns:
+        Two axes.
+    """
+    panels = (
+        Panel("output_shift", "output shift Dp\n(nats, unsigned)", log=True),
+        Panel(
+            "omega",
+            "offset distance Ω\n(norm in the carry)",
+            reference=("omega_random", "any two tokens"),
+            limits=(0, None),
+            why_empty="no loop has an offset",
+        ),
+    )
+    return grid(diagnoses, panels, columns=2, figure=figure)

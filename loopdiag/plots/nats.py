@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import SymmetricalLogLocator
 
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.gaincost import Estimate, GainCost
+from loopdiag.gaincost import GainCost
 from loopdiag.plots.parts import (
     BLACK,
     BLUE,
@@ -18,7 +19,6 @@ from loopdiag.plots.parts import (
     ORANGE,
     PLAIN,
     Style,
-    band,
     intervals,
     legend,
     line,
@@ -28,6 +28,7 @@ from loopdiag.plots.parts import (
     short,
     single,
 )
+from loopdiag.summary import ByLoop, Estimate, by_loop
 
 SMALL = 0.01  # nats per token: what counts as small where no price says it
 
@@ -55,29 +56,29 @@ def gain_cost(
     """
     with single(ax) as ax:
         ax.set_ylabel("gain and cost (nats per token)")
-        first = ", ".join(
-            f"{label}\u00a0{_number(estimate, 0)}"
-            for label, estimate in (("gain", curve.gain), ("cost", curve.cost), ("exit NLL", curve.nll_exit))
-        )
-        notes = [f"Loop 1, from the embedding: {first} nats per token."]
+        notes = [f"Loop 1, from the embedding: {_first(curve)} nats per token."]
         if recommended == 1:
             notes.append("Recommended: 1 loop.")
-        if len(curve.loop) == 1:
-            loop_axis(ax, 1, 1, curve.trained_loops)
+        extra = curve.loop >= 2
+        if not extra.any():
+            loop_axis(ax, curve.loop, curve.trained_loops)
             ax.set_yticks([])
             message(ax, "one loop: no extra loop to judge")
+            legend(ax, title=short(curve.model))
             note(ax, intervals(curve.documents), *notes)
             return ax
-        loop_axis(ax, 2, int(curve.loop[-1]), curve.trained_loops)
-        linear = _signed_log_axis(ax, curve, price)
+        loop_axis(ax, curve.loop[extra], curve.trained_loops)
+        linear = _signed_log_axis(ax, [_of(each, extra) for each in (curve.gain, curve.cost, curve.net)], price)
         lines: tuple[tuple[str, Estimate, Style], ...] = (
             ("gain", curve.gain, {"color": BLUE, "marker": "o"}),
             ("cost", curve.cost, {"color": ORANGE, "marker": "s", "linestyle": "--"}),
             ("net gain", curve.net, {"color": BLACK, "marker": "D"}),
         )
         for label, estimate, style in lines:
-            extra = Estimate(estimate.mean[1:], estimate.low[1:], estimate.high[1:])
-            line(ax, curve.loop[1:], extra, **{"label": label, **style, **line_kw})
+            of = _of(estimate, extra)
+            loops = curve.loop[extra]
+            drawn = ByLoop(of.mean, of.low, of.high, loops, loops > curve.trained_loops, np.zeros(len(loops), bool))
+            line(ax, drawn, **{"label": label, **style, **line_kw})
         ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
         if price is not None:
             ax.axhline(price, color=GREY, linestyle=":", label=f"price {price:g}")
@@ -88,14 +89,24 @@ def gain_cost(
     return ax
 
 
+def _first(curve: GainCost) -> str:
+    """The numbers of loop 1."""
+    shown = (("gain", curve.gain), ("cost", curve.cost), ("exit NLL", curve.nll_exit))
+    return ", ".join(f"{label}\u00a0{_number(estimate, 0)}" for label, estimate in shown)
+
+
+def _of(estimate: Estimate, loops: np.ndarray) -> Estimate:
+    return Estimate(estimate.mean[loops], estimate.low[loops], estimate.high[loops])
+
+
 def _number(estimate: Estimate, index: int) -> str:
     number = f"{estimate.mean[index]:.2f} [{estimate.low[index]:.2f}, {estimate.high[index]:.2f}]"
     return number.replace(" ", "\u00a0")  # An interval does not break over lines.
 
 
-def _signed_log_axis(ax: Axes, curve: GainCost, price: float | None) -> float:
+def _signed_log_axis(ax: Axes, estimates: Sequence[Estimate], price: float | None) -> float:
     """A y axis logarithmic to both sides; returns the power of ten within which it is linear."""
-    largest = max(np.abs(estimate.mean[1:]).max() for estimate in (curve.gain, curve.cost, curve.net))
+    largest = max(np.abs(estimate.mean).max() for estimate in estimates)
     linear = 10.0 ** math.floor(math.log10(min(price or SMALL, largest or SMALL)))
     ax.set_yscale("symlog", linthresh=linear)
     ax.yaxis.set_major_formatter(PLAIN)
@@ -110,19 +121,19 @@ def readability(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
     offset withholds stands below the axes, as the span of its intervals over the loops.
 
     Raises:
-        ValueError: The diagnosis holds no `nll_usable`.
+        DiagnosisError: The diagnosis holds no `nll_usable`.
     """
-    if "nll_usable" not in diagnosis.data:
-        raise ValueError("The diagnosis holds no nll_usable, which needs readouts: diagnose with readouts=True.")
+    diagnosis.require("nll_exit", "nll_usable")
     about = diagnosis.provenance
     with single(ax) as ax:
-        loop_axis(ax, 1, int(diagnosis.loops[-1]), about["trained_loops"])
+        loop_axis(ax, diagnosis.loops, about["trained_loops"])
         ax.set_ylabel("exit NLL (nats per token)")
-        line(ax, *band(diagnosis, "nll_exit"), color=BLUE, marker="o", label="as it is")
+        line(ax, by_loop(diagnosis, "nll_exit"), color=BLUE, marker="o", label="as it is")
         usable: Style = {"color": ORANGE, "marker": "s", "linestyle": "--", "label": "usable (translator)"}
-        line(ax, *band(diagnosis, "nll_usable"), **usable)
+        line(ax, by_loop(diagnosis, "nll_usable"), **usable)
         legend(ax, title=short(about["model"]))
-        loops, withheld = band(diagnosis, "withheld")
+        withheld = by_loop(diagnosis, "withheld")
+        loops = withheld.loop
         notes = ["They hold the spread between documents, which all loops share."]
         if len(loops):
             where = f"loops {loops[0]} to {loops[-1]}" if len(loops) > 1 else f"loop {loops[0]}"

@@ -11,13 +11,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from loopdiag.bootstrap import interval, resampled_means
-from loopdiag.diagnosis import Diagnosis
-from loopdiag.gaincost import Estimate
+from loopdiag.summary import ByLoop
 
 Style = dict[str, Any]
 
@@ -26,7 +26,10 @@ PAGE = (7.0, 4.8)  # as wide as both
 BLUE, ORANGE = seaborn.color_palette("colorblind", 2)
 BLACK, GREY, SHADE = "0.1", "0.4", "0.92"
 MARGIN = 0.4  # loops, left and right of the outermost
+MOST_TICKS = 8
 LONGEST_NAME = 40
+WIDEST_LEGEND = 95  # characters, on a page
+BEYOND = "beyond training"
 
 PAPER: dict[Any, Any] = {
     **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize"), 8),
@@ -39,6 +42,7 @@ PAPER: dict[Any, Any] = {
 }
 
 REFERENCE: Style = {"color": GREY, "linestyle": ":", "marker": "."}
+NOISE: Style = {"color": GREY, "linestyle": "none", "marker": "x", "label": "lost in rounding"}
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
@@ -52,46 +56,71 @@ def single(ax: Axes | None) -> Iterator[Axes]:
         yield plt.subplots(figsize=COLUMN, layout="constrained")[1]
 
 
-def band(diagnosis: Diagnosis, name: str) -> tuple[np.ndarray, Estimate]:
-    """The loops >= 1 at which a measure is defined, and its mean there with the 95 % interval over documents.
-
-    Documents without the measure, such as those too short for a rank, are left out. No loops where the diagnosis does
-    not hold the measure.
-    """
-    nowhere = np.empty(0)
-    if name not in diagnosis.data or diagnosis.data[name].isnull().all():
-        return nowhere, Estimate(nowhere, nowhere, nowhere)
-    values = diagnosis.data[name].sel(loop=slice(1, None)).dropna("loop", how="all").dropna("document")
-    draws = resampled_means(values.values, values["source"].values)
-    return values["loop"].values, Estimate(values.values.mean(0), *interval(draws))
-
-
-def line(ax: Axes, loops: np.ndarray, estimate: Estimate, **style: Any) -> None:
+def line(ax: Axes, curve: ByLoop, *, shaded: bool = True, **style: Any) -> None:
     """Means as a line over the loops and intervals as a band around it; nothing where there are no loops.
 
-    What a log axis cannot hold is marked at its foot.
+    What a log axis cannot hold is marked at its foot; loops lost in the run's noise are crossed, and those beyond
+    training hollow where no shade says it.
     """
+    loops, mean, low, high = curve.loop, curve.mean, curve.low, curve.high
     if not len(loops):
         return
-    mean, low, high = estimate.mean, estimate.low, estimate.high
     zero = (mean <= 0) & (ax.get_yscale() == "log")
     mean, low, high = (np.where(zero, np.nan, values) for values in (mean, low, high))
     (drawn,) = ax.plot(loops, mean, **style)
+    colour = drawn.get_color()
     if zero.any():
-        at_the_foot: Style = {"transform": ax.get_xaxis_transform(), "color": drawn.get_color(), "clip_on": False}
+        at_the_foot: Style = {"transform": ax.get_xaxis_transform(), "color": colour, "clip_on": False}
         ax.plot(loops[zero], np.zeros(zero.sum()), "v", label="zero", **at_the_foot)
+    hollow = curve.beyond & ~curve.in_noise & (not shaded)
+    if style.get("marker"):
+        drawn.set_markevery(np.flatnonzero(~hollow & ~curve.in_noise).tolist())
+        open_marker: Style = {"color": colour, "marker": style["marker"], "markerfacecolor": "white"}
+        for where, marker in ((hollow, open_marker), (curve.in_noise, {"color": colour, "marker": NOISE["marker"]})):
+            if where.any():
+                ax.plot(loops[where], mean[where], linestyle="none", label="_", **marker)
     if len(loops) == 1:  # A band as wide as its one point could not be seen.
         loops, low, high = loops + np.array((-0.05, 0.05)), low.repeat(2), high.repeat(2)
-    ax.fill_between(loops, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+    ax.fill_between(loops, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def loop_axis(ax: Axes, first: int, last: int, trained: int, label: str | None = "beyond training") -> None:
-    """Whole loops along the x axis; those beyond the trained count stand on a shade, which the label names."""
-    ax.set(xlabel="loop", xlim=(first - MARGIN, last + MARGIN))
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-    if last > trained:
-        start = max(trained + 0.5, first - MARGIN)
-        ax.axvspan(start, last + MARGIN, color=SHADE, linewidth=0, zorder=0, label=label)
+def loop_axis(ax: Axes, loops: np.ndarray, trained: int | None, label: str | None = BEYOND) -> None:
+    """Loops along the x axis; those beyond the trained count stand on a shade, which the label names.
+
+    Where loops were left out, they were recorded ever more sparsely: the axis is logarithmic then.
+
+    Args:
+        ax: Where to draw.
+        loops: All that are drawn, ascending.
+        trained: Loops of the training; None where curves differ in them.
+        label: Of the shade.
+    """
+    sparse = len(loops) > 1 and np.diff(loops).max() > 1
+    # As far from the outermost loops on a sparse axis as on another.
+    low, high = (loops[0] / 1.2, loops[-1] * 1.2) if sparse else (loops[0] - MARGIN, loops[-1] + MARGIN)
+    ax.set(xlabel="loop", xlim=(low, high))
+    if sparse:
+        ax.set_xscale("log", base=2)
+        ax.set_xlim(low, high)
+        ax.xaxis.set_major_locator(FixedLocator(_thinned(loops)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(PLAIN)
+    elif len(loops) <= MOST_TICKS:
+        ax.xaxis.set_major_locator(FixedLocator(loops.tolist()))
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    if trained is not None and loops[-1] > trained:
+        start = max(trained * 1.1 if sparse else trained + 0.5, low)
+        ax.axvspan(start, high, color=SHADE, linewidth=0, zorder=0, label=label)
+
+
+def _thinned(loops: np.ndarray) -> list[int]:
+    """Loops that have room for a tick on a logarithmic axis."""
+    kept = [int(loops[0])]
+    for loop in loops[1:]:
+        if loop >= 1.3 * kept[-1]:
+            kept.append(int(loop))
+    return kept
 
 
 class _Decades(LogLocator):
@@ -110,14 +139,22 @@ def log_axis(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def legend(ax: Axes, *others: Axes, title: str | None = None) -> None:
-    """A legend above the axes, where no data can be under it; shades last."""
-    handles = [handle for each in (ax, *others) for handle in each.get_legend_handles_labels()[0]]
+def legend(ax: Axes, handles: Sequence[Artist] | None = None, *, title: str | None = None, columns: int = 2) -> None:
+    """A legend above the axes, where no data can be under it: of what has a label if not told; shades last."""
+    found = list(ax.get_legend_handles_labels()[0] if handles is None else handles)
     place: Style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "borderpad": 0.2}
     spacing: Style = {"columnspacing": 1.2, "handlelength": 2.2, "handletextpad": 0.5, "labelspacing": 0.3}
-    if handles or title:
-        handles.sort(key=lambda handle: isinstance(handle, Patch))
-        ax.legend(handles=handles, title=title, ncols=2, frameon=False, alignment="left", **place, **spacing)
+    if found or title:
+        found.sort(key=lambda handle: isinstance(handle, Patch))
+        ax.legend(handles=found, title=title, ncols=columns, frameon=False, alignment="left", **place, **spacing)
+
+
+def figure_legend(figure: FigureBase, handles: Sequence[Artist], title: str) -> None:
+    """A legend above all axes of a figure, in as many columns as fit."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), WIDEST_LEGEND // (longest + 7)))
+    place: Style = {"loc": "outside upper left", "frameon": False, "alignment": "left"}
+    figure.legend(handles=list(handles), title=title, ncols=columns, **place)
 
 
 def short(model: str) -> str:
@@ -125,14 +162,15 @@ def short(model: str) -> str:
     return model if len(model) <= LONGEST_NAME else "…" + model[1 - LONGEST_NAME :]
 
 
-def intervals(documents: int) -> str:
-    """What bands and brackets are."""
-    return f"Intervals: 95 % over {documents} documents."
+def intervals(*documents: int) -> str:
+    """What bands and brackets are, of one model or of several."""
+    least, most = min(documents), max(documents)
+    return f"Intervals: 95 % over {least if least == most else f'{least} to {most}'} documents."
 
 
-def note(ax: Axes, *sentences: str) -> None:
-    """Small print below the axes."""
-    text = textwrap.fill(" ".join(sentences), 50)
+def note(ax: Axes, *sentences: str, characters: int = 50) -> None:
+    """Small print below the axes, in lines of so many characters."""
+    text = textwrap.fill(" ".join(sentences), characters, break_on_hyphens=False)
     under: Style = {"xytext": (0, -3), "textcoords": "offset points", "ha": "center", "va": "top"}
     ax.annotate(text, (0.5, 0), xycoords=ax.xaxis.label, color=GREY, **under)
 

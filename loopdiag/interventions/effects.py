@@ -1,0 +1,380 @@
+"""What interventions on one trained model do to its loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from loopdiag import __version__
+from loopdiag.bootstrap import interval, resampled_means
+from loopdiag.corpus import Batch, Corpus, TokenDocument, batches, tokenize
+from loopdiag.diagnosis import LONGEST_DOCUMENT, weights_hash
+from loopdiag.errors import InputError
+from loopdiag.files import whole
+from loopdiag.interventions import contexts
+from loopdiag.model.decoder import LoopedLM
+
+SCHEMA = 1
+GROUPS = ("offset", "carry", "loops", "gate", "window", "memory")
+OFFSETS = (0, 1, 2, 4)
+CAVEAT = (
+    "These effects show what the trained model relies on, not what training without it would give: a model that was "
+    "trained with an offset breaks without it."
+)
+
+
+class EffectsError(InputError):
+    """Effects that cannot be measured or read; the message says what was given, what is allowed and how to fix it."""
+
+
+Make = Callable[[LoopedLM], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change to a model.
+
+    Attributes:
+        group: One of `GROUPS`, or a name of your own.
+        change: What is done, in a few words.
+        loop: The loop it is tied to; None where it is all of them, or any.
+        make: Gives the context manager within which a model is changed.
+    """
+
+    group: str
+    change: str
+    loop: int | None
+    make: Make
+
+    @property
+    def name(self) -> str:
+        """The change and the loop: unique in a catalogue."""
+        return self.change if self.loop is None else f"{self.change}, loop {self.loop}"
+
+
+def catalogue(
+    model: LoopedLM, n_loops: int | None = None, groups: Sequence[str] = GROUPS, *, alone: bool = False
+) -> tuple[list[Intervention], dict[str, str]]:
+    """Every intervention that makes sense for a model, and those that do not, each with the reason.
+
+    Offset, carry, gate and memory are changed at all loops from 2 on and at each of them alone. All loops share their
+    weights, so which loop is skipped or repeated does not matter, and swapping two of them changes nothing: each is
+    there once.
+
+    Args:
+        model: The model.
+        n_loops: Loops of the run; the trained number when None.
+        groups: Those of `GROUPS` that are asked for.
+        alone: Whether documents are run one by one, so that none has another one's carry.
+    """
+    cfg = model.cfg
+    n_loops = cfg.n_loops if n_loops is None else n_loops
+    found: list[Intervention] = []
+    absent: dict[str, str] = {}
+
+    def add(group: str, change: str, make: Callable[..., Any], *, why_not: str | None, where: Sequence = ()) -> None:
+        if group not in groups:
+            return
+        if n_loops == 1:
+            why_not = "this run has one loop"
+        if why_not is not None:
+            absent[change] = why_not
+            return
+        for loop in where or (None,):
+            found.append(Intervention(group, change, loop, partial(make, loop=loop) if where else make))
+
+    everywhere = (None, *range(2, n_loops + 1)) if n_loops > 2 else (None,)
+    apart = None if cfg.memory == "first" else "the model shares no memory between loops"
+    for k in OFFSETS:
+        why_not = "it is the model's own" if k == cfg.offset else None
+        add("offset", f"offset {k}", partial(contexts.shift_offset, k=k), why_not=why_not, where=everywhere)
+    no_other = "every document is alone in its batch" if alone else None
+    add("carry", "carry dropped", contexts.drop_carry, why_not=None, where=everywhere)
+    add("carry", "carry: document mean", contexts.mean_carry, why_not=None, where=everywhere)
+    add("carry", "carry: other document", contexts.other_carry, why_not=no_other, where=everywhere)
+    add("loops", "a loop skipped", partial(contexts.skip_loop, loop=n_loops), why_not=None)
+    add("loops", "a loop repeated", partial(contexts.repeat_loop, loop=n_loops), why_not=None)
+    few = "this run has two loops, and loop 1 stays in its place" if n_loops == 2 else None
+    add("loops", "two loops swapped", partial(contexts.swap_loops, a=n_loops - 1, b=n_loops), why_not=few)
+    for value in (0, 1):
+        gate = partial(contexts.clamp_gate, value=value)
+        add("gate", f"gate at {value}", gate, why_not=apart, where=everywhere)
+    half = cfg.window // 2
+    narrow = apart or (None if half else "the window sees one token")
+    add("window", "window halved", partial(contexts.set_window, window=half), why_not=narrow)
+    add("memory", "memory: own loop's", contexts.own_memory, why_not=apart, where=everywhere)
+    return found, absent
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one intervention does to the NLL, in nats per token.
+
+    Attributes:
+        name, group, change, loop: The intervention's.
+        effect: NLL with it minus NLL without it, mean over documents; above 0 the model relied on what was changed.
+        low, high: 95 % interval over documents, clustered by source and paired.
+        helped, harmed: What it takes off the NLL of the tokens it helps, and adds to that of those it harms; the effect
+            is harmed - helped.
+    """
+
+    name: str
+    group: str
+    change: str
+    loop: int | None
+    effect: float
+    low: float
+    high: float
+    helped: float
+    harmed: float
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of interventions on one model and corpus.
+
+    Attributes:
+        data: `effect`, `helped` and `harmed` by `intervention, document`, and `nll` of the untouched run by `document`,
+            means over the document's predicted tokens in nats. The coordinate `source` gives each document's cluster;
+            `group`, `change` and `loop` (0 where it is no single one) are those of each intervention.
+    """
+
+    data: xr.Dataset
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is needed to measure the same again: model, weights, corpus, seed, batch size, dtype, versions."""
+        return json.loads(self.data.attrs["provenance"])
+
+    def table(self, seed: int = 0) -> list[Effect]:
+        """One row for each intervention; the intervals leave out the training seed.
+
+        Args:
+            seed: Of the bootstrap.
+        """
+        data = self.data
+        draws = resampled_means(data["effect"].values.T, data["source"].values, seed=seed)
+        means = [data[name].mean("document").values.tolist() for name in ("effect", "helped", "harmed")]
+        names = [data[name].values.tolist() for name in ("intervention", "group", "change", "loop")]
+        return [
+            Effect(name, group, change, loop or None, effect, float(low), float(high), helped, harmed)
+            for name, group, change, loop, effect, helped, harmed, low, high in zip(
+                *names, *means, *interval(draws), strict=True
+            )
+        ]
+
+    def __repr__(self) -> str:
+        about = self.provenance
+        return (
+            f"Effects of {self.data.sizes['intervention']} interventions on {about['model']} (trained with "
+            f"{about['trained_loops']} loops, run with {about['run_loops']}): {about['documents']} documents of "
+            f"{about['corpus']}, {about['tokens']:,} predicted tokens"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a netCDF file, whole or not at all; a file of that name is replaced."""
+        with whole(Path(path)) as partial_file:
+            self.data.to_netcdf(partial_file, engine="h5netcdf")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Effects:
+        """Read what `save` wrote.
+
+        Raises:
+            EffectsError: No such file, or not effects of this schema.
+        """
+        if not Path(path).is_file():
+            raise EffectsError(f"{path} is no file: give one that `loopdiag intervene --save` wrote.")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about other people's HDF5 files, refused below
+                data = xr.load_dataset(path, engine="h5netcdf")
+            schema = json.loads(data.attrs["provenance"])["schema"] if "effect" in data else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EffectsError(f"{path} holds no effects: {type(error).__name__}: {error}.") from None
+        if schema != SCHEMA:
+            raise EffectsError(f"{path} holds no effects of schema {SCHEMA}, which this version reads. Measure again.")
+        return cls(data)
+
+
+@torch.no_grad()
+def intervene(
+    model: LoopedLM,
+    corpus: Corpus,
+    which: Sequence[str | Intervention] | None = None,
+    *,
+    n_loops: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Effects:
+    """Measure what interventions do to the final NLL of a model, document by document.
+
+    Each batch of the corpus' `report` documents is run once untouched and once with each intervention. The effects show
+    what the trained model relies on, not what training without it would give.
+
+    Args:
+        model: A model with a tokenizer.
+        corpus: Documents; those longer than `max_tokens` are cut and counted.
+        which: Names of `GROUPS`, or interventions of your own; all groups of the catalogue when None. What the model
+            does not have is left out and listed in the provenance with the reason.
+        n_loops: Loops to run; the trained number when None.
+        max_tokens: Longest document in tokens; what the model was made for, at most 2,048, when None.
+        batch_size: Documents of a batch. Another document's carry is that of the next one in the batch, so a last
+            document does not stay alone but joins the batch before.
+        seed: Of the initial state of models that start from a random one.
+        progress: Called with (what is being done, runs of documents done, of how many).
+
+    Raises:
+        ValueError: `n_loops` or `batch_size` below 1.
+        EffectsError: An unknown name, nothing left to do, no tokenizer, `max_tokens` beyond the model, or no documents.
+    """
+    cfg = model.cfg
+    n_loops = cfg.n_loops if n_loops is None else n_loops
+    model.ensure_loops(n_loops)
+    if model.tokenizer is None:
+        raise EffectsError("The model has no tokenizer: its folder holds none, so text cannot be read.")
+    if max_tokens is not None and max_tokens > cfg.n_ctx:
+        raise EffectsError(f"max_tokens = {max_tokens} is beyond this model, which was made for {cfg.n_ctx}.")
+    max_tokens = min(cfg.n_ctx, LONGEST_DOCUMENT) if max_tokens is None else max_tokens
+    if not corpus.report:
+        raise EffectsError(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
+    documents = tokenize(corpus.report, model.tokenizer, max_tokens)
+    chosen, absent = _chosen(model, n_loops, which, alone=min(batch_size, len(documents)) == 1)
+    tell = progress or (lambda what, done, of: None)
+
+    runs: list[tuple[str, Make]] = [("the untouched run", lambda _: nullcontext())]
+    runs += [(intervention.name, intervention.make) for intervention in chosen]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("nll", "effect", "helped", "harmed")}
+    done, device = 0, model.embed.weight.device
+    for batch in _batches(documents, batch_size):
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        predicts = mask[:, 1:] & mask[:, :-1]
+        untouched = None
+        for name, make in runs:
+            try:
+                with make(model):
+                    nll = _token_nll(model(ids, mask, n_loops=n_loops, seed=seed), ids, predicts)
+            except Exception as error:
+                raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
+            if untouched is None:
+                untouched, values = nll, {"nll": nll}
+            else:
+                change = nll - untouched
+                values = {"effect": change, "helped": (-change).clamp(min=0), "harmed": change.clamp(min=0)}
+            for kind, value in values.items():
+                parts[kind].append((value.sum(1) / predicts.sum(1)).cpu().numpy())
+            done += len(ids)
+            tell("intervening", done, len(runs) * len(documents))
+
+    provenance = {
+        "schema": SCHEMA,
+        "model": model.source,
+        "weights_sha256": weights_hash(model),
+        "config": asdict(cfg),
+        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "device": device.type,
+        "trained_loops": cfg.n_loops,
+        "run_loops": n_loops,
+        "absent": absent,
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.fingerprint,
+        "documents": len(documents),
+        "documents_cut": sum(document.cut for document in documents),
+        "documents_too_short": len(corpus.report) - len(documents),
+        "tokens": sum(len(document.input_ids) - 1 for document in documents),
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "versions": {"loopdiag": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "numpy", "transformer-lens", "transformers")},
+    }
+    return Effects(_dataset(parts, chosen, documents, provenance))
+
+
+def _chosen(
+    model: LoopedLM, n_loops: int, which: Sequence[str | Intervention] | None, alone: bool
+) -> tuple[list[Intervention], dict[str, str]]:
+    """The interventions to run, and those of the catalogue that this model does not have."""
+    which = GROUPS if which is None else which
+    groups = [entry for entry in which if not isinstance(entry, Intervention)]
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise EffectsError(f"{unknown[0]!r} is no group of interventions: there are {', '.join(GROUPS)}.")
+    chosen, absent = catalogue(model, n_loops, groups, alone=alone)
+    chosen += [entry for entry in which if isinstance(entry, Intervention)]
+    if not chosen:
+        reasons = sorted(set(absent.values()))
+        raise EffectsError(f"Nothing to intervene on in {', '.join(map(str, which))}: {'; '.join(reasons)}.")
+    if len({intervention.name for intervention in chosen}) < len(chosen):
+        raise EffectsError("Two interventions have the same name and loop: give each its own.")
+    return chosen, absent
+
+
+def _batches(documents: Sequence[TokenDocument], size: int) -> Iterator[Batch]:
+    """Batches of `size`; a last document that would be alone joins the batch before."""
+    together = size + 1 if size > 1 and len(documents) % size == 1 else 0
+    cut = max(0, len(documents) - together)
+    yield from batches(documents[:cut], size)
+    yield from batches(documents[cut:], max(together, 1))
+
+
+def _token_nll(logits: Tensor, ids: Tensor, predicts: Tensor) -> Float[Tensor, "document pos"]:
+    """NLL of every next token; 0 where none is predicted."""
+    # Document by document: the float32 copy of a whole batch's logits may be larger than the model.
+    nll = [
+        F.cross_entropy(row.to(torch.promote_types(row.dtype, torch.float32)), targets, reduction="none")
+        for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True)
+    ]
+    return torch.stack(nll).double().masked_fill(~predicts, 0)
+
+
+def _dataset(
+    parts: dict[str, list[np.ndarray]],
+    chosen: Sequence[Intervention],
+    documents: Sequence[TokenDocument],
+    provenance: dict[str, Any],
+) -> xr.Dataset:
+    about = {
+        "nll": "negative log likelihood of the next token, without an intervention",
+        "effect": "NLL with the intervention minus NLL without it",
+        "helped": "NLL that the intervention takes off the tokens it helps",
+        "harmed": "NLL that the intervention adds to the tokens it harms",
+    }
+    variables: dict[str, Any] = {}
+    for name, long_name in about.items():
+        attributes = {"units": "nats per token", "long_name": long_name}
+        if name == "nll":
+            variables[name] = ("document", np.concatenate(parts[name]), attributes)
+        else:
+            rows = [np.concatenate(parts[name][row :: len(chosen)]) for row in range(len(chosen))]
+            variables[name] = (("intervention", "document"), np.stack(rows), attributes)
+    return xr.Dataset(
+        variables,
+        coords={
+            "intervention": [intervention.name for intervention in chosen],
+            "group": ("intervention", [intervention.group for intervention in chosen]),
+            "change": ("intervention", [intervention.change for intervention in chosen]),
+            "loop": ("intervention", [intervention.loop or 0 for intervention in chosen]),
+            "document": [document.name for document in documents],
+            "source": ("document", [document.source for document in documents]),
+        },
+        attrs={"provenance": json.dumps(provenance, sort_keys=True)},
+    )

@@ -1,0 +1,65 @@
+"""Figures of one model with a line for each loop, over something else than loops."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from loopdiag.diagnosis import Diagnosis
+from loopdiag.plots.panels import MARKERS
+from loopdiag.plots.parts import GREY, PLAIN, intervals, legend, log_axis, note, short, single
+from loopdiag.summary import estimate
+
+MOST_LINES = 8
+
+
+def rarefaction(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
+    """Effective rank of a document's first tokens against their number, a line for each loop, with 95 % bands.
+
+    A rank that still rises with the tokens is a number about the tokens taken. The dotted line is the most that a
+    number of tokens allows: a direction for each.
+
+    Args:
+        diagnosis: With the group `rarefaction`.
+        ax: Where to draw; a new figure when None.
+
+    Raises:
+        DiagnosisError: It was not measured.
+    """
+    diagnosis.require("effective_rank_by_tokens")
+    values = diagnosis.data["effective_rank_by_tokens"]
+    tokens = values["tokens"].values
+    about = diagnosis.provenance
+    with single(ax) as ax:
+        log_axis(ax)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(FixedLocator(tokens.tolist()))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(PLAIN)
+        ax.set(xlabel="first tokens of a document (tokens)", ylabel="effective rank (directions)")
+        lines_by_loop(ax, values, tokens)
+        ax.plot(tokens, tokens, color=GREY, linestyle=":", linewidth=1.0, label="one per token")
+        legend(ax, title=short(about["model"]), columns=3)
+        note(ax, intervals(about["documents"]))
+    return ax
+
+
+def lines_by_loop(ax: Axes, values: xr.DataArray, x: np.ndarray) -> None:
+    """A line with its band for each loop, from dark to light; of many loops, powers of two and the last.
+
+    Args:
+        ax: Where to draw.
+        values: By document, loop and one more dimension, that of `x`.
+        x: Where the values stand.
+    """
+    loops = [int(loop) for loop in values.dropna("loop", how="all")["loop"].values if loop >= 1]
+    if len(loops) > MOST_LINES:
+        loops = [loop for loop in loops if loop & (loop - 1) == 0 or loop == loops[-1]]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(loops)))
+    for index, (loop, colour) in enumerate(zip(loops, colours, strict=True)):
+        found = estimate(values.sel(loop=loop))
+        ax.plot(x, found.mean, color=colour, marker=MARKERS[index % len(MARKERS)], label=f"loop {loop}")
+        ax.fill_between(x, found.low, found.high, color=colour, alpha=0.2, linewidth=0)
