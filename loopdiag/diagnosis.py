@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +12,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from loopdiag import __version__
 from loopdiag.corpus import TOKEN_CLASSES, Batch, Corpus, TokenDocument, batches, token_classes, tokenize
 from loopdiag.errors import InputError
-from loopdiag.files import whole
 from loopdiag.measures import (
     DEFINITIONS,
     absent,
@@ -40,6 +32,7 @@ from loopdiag.measures.similarity import LayerSimilarity
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.dtypes import higher_precision
 from loopdiag.readouts import RECORDINGS, Readouts, fit_readouts
+from loopdiag.results import Result, about_machine, about_model
 from loopdiag.trace import ForeignModel, LoopTrace, kept_loops, record, with_maps
 
 SCHEMA = 3
@@ -53,7 +46,7 @@ class DiagnosisError(InputError):
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Result):
     """Everything measured on one model and corpus.
 
     Attributes:
@@ -62,12 +55,7 @@ class Diagnosis:
             carries `units`, `state` and `long_name`; `loopdiag.measures.DEFINITIONS` lists them.
     """
 
-    data: xr.Dataset
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What is needed to make the same diagnosis again: model, weights, corpus, seeds, dtype, versions."""
-        return json.loads(self.data.attrs["provenance"])
+    KIND, WRITTEN_BY, SCHEMA, ERROR = "diagnosis", "loopdiag diagnose --save", SCHEMA, DiagnosisError
 
     @property
     def loops(self) -> np.ndarray:
@@ -93,34 +81,6 @@ class Diagnosis:
             f"{about['documents']} documents of {about['corpus']}, {about['tokens']:,} predicted tokens, "
             f"{len(self.data.data_vars)} measures"
         )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a netCDF file, whole or not at all; a file of that name is replaced."""
-        with whole(Path(path)) as partial_file:
-            encoding = {name: {"zlib": True} for name in self.data.data_vars}
-            self.data.to_netcdf(partial_file, engine="h5netcdf", encoding=encoding)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Diagnosis:
-        """Read what `save` wrote.
-
-        Raises:
-            DiagnosisError: No such file, or not a diagnosis of this schema.
-        """
-        if not Path(path).is_file():
-            raise DiagnosisError(f"{path} is no file: give a diagnosis that `loopdiag diagnose --save` wrote.")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about other people's HDF5 files, refused below
-                data = xr.load_dataset(path, engine="h5netcdf")
-            schema = json.loads(data.attrs["provenance"])["schema"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DiagnosisError(f"{path} is not a diagnosis: {type(error).__name__}: {error}.") from None
-        if schema != SCHEMA:
-            raise DiagnosisError(
-                f"{path} has schema {schema}; this version of loopdiag reads {SCHEMA}. Diagnose again."
-            )
-        return cls(data)
 
 
 def diagnose(
@@ -201,9 +161,7 @@ def diagnose(
         else None,
         "seed": seed,
         "batch_size": batch_size,
-        "threads": torch.get_num_threads(),
-        "versions": {"loopdiag": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "transformer-lens", "transformers")},
+        **about_machine(),
     }
     return Diagnosis(_dataset(found | thresholds, report, (0, *kept), run, provenance))
 
@@ -330,22 +288,7 @@ def _identity(model: LoopedLM | ForeignModel) -> dict[str, Any]:
     """What says which model it was, and what it ran in; unknown of a model that is not ours."""
     if isinstance(model, ForeignModel):
         return dict.fromkeys(("weights_sha256", "config", "dtype", "device"))
-    weight = model.embed.weight
-    return {
-        "weights_sha256": weights_hash(model),
-        "config": asdict(model.cfg),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-    }
-
-
-def weights_hash(model: LoopedLM) -> str:
-    """sha256 over the names and values of all weights, as loaded: another dtype is another hash."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return about_model(model)
 
 
 def _dataset(

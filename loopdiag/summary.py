@@ -17,10 +17,9 @@ from jaxtyping import Bool, Float
 from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.diagnosis import Diagnosis, DiagnosisError
 from loopdiag.measures.exit_rules import ORACLE, RULES
+from loopdiag.measures.motion import ABOVE_NOISE
 from loopdiag.measures.similarity import cka
 
-# A mean that is not this many times what rounding alone makes says nothing.
-ABOVE_NOISE = 2
 # What is made of updates of the states, and of shifts of the output, falls with them into the noise.
 _FLOORS = {
     **dict.fromkeys(

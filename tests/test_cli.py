@@ -276,7 +276,7 @@ def test_bad_data(tmp_path, make):
         (["--save", "."], "is a folder: give the name of a file"),
         (["--figures", "pyproject.toml/figures"], "cannot be made"),
         (["--dtype", "int8"], "int8"),
-        (["README.md"], "is not a diagnosis"),
+        (["README.md"], "holds no diagnosis"),
         (["loopdiag"], "has no config.json"),
     ],
 )

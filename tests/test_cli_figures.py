@@ -72,7 +72,7 @@ def test_wrong_input_is_refused_before_anything_is_written(saved, tmp_path):
     before = saved[0].read_bytes()
     for arguments, said in (
         ([tmp_path / "none.nc"], "is no file"),
-        ([tmp_path / "text.nc"], "is not a diagnosis"),
+        ([tmp_path / "text.nc"], "holds no diagnosis"),
         ([saved[0], saved[0]], "Two diagnoses are of the same model and run (plt-3): give each once"),
         ([saved[0], "--against-paper", saved[0]], "must be different files"),
         ([saved[0], "--against-paper", tmp_path / "no" / "page.md"], "cannot be written"),

@@ -15,14 +15,16 @@ from tiny import VOCABULARY, padded, random_corpus, word_tokenizer, words
 from loopdiag import diagnosis as module
 from loopdiag import plots
 from loopdiag.corpus import TOKEN_CLASSES, Corpus, CorpusError, Document, TokenDocument
-from loopdiag.diagnosis import Diagnosis, DiagnosisError, diagnose, matched_tokens, weights_hash
+from loopdiag.diagnosis import Diagnosis, DiagnosisError, diagnose, matched_tokens
 from loopdiag.errors import InputError
 from loopdiag.gaincost import gain_cost, recommend
 from loopdiag.gaincost.answer import answer, dumps, loop_rows
+from loopdiag.interventions import Effects
 from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, by_loop, chosen, dimensions, take
 from loopdiag.measures.attention import AttentionMeasures
 from loopdiag.measures.exit_rules import ORACLE, RULES, thresholds
 from loopdiag.measures.prediction import exits
+from loopdiag.results import weights_hash
 from loopdiag.trace import ForeignModel, LoopTrace, record
 
 CORPUS = random_corpus()
@@ -943,13 +945,14 @@ def write_half(file, small):
     [
         (lambda file, small: None, "is no file"),
         (lambda file, small: file.mkdir(), "is no file"),
-        (lambda file, small: file.write_bytes(b""), "is not a diagnosis"),
-        (lambda file, small: file.write_text("numbers " * 100), "is not a diagnosis"),
-        (write_half, "is not a diagnosis"),
-        (lambda file, small: xr.Dataset().to_netcdf(file, engine="h5netcdf"), "is not a diagnosis.*provenance"),
+        (lambda file, small: file.write_bytes(b""), "holds no diagnosis"),
+        (lambda file, small: file.write_text("numbers " * 100), "holds no diagnosis"),
+        (write_half, "holds no diagnosis"),
+        (lambda file, small: xr.Dataset().to_netcdf(file, engine="h5netcdf"), "holds no diagnosis.*provenance"),
         (lambda file, small: save_other(file, small, schema=2), "has schema 2.*reads 3"),
+        (lambda file, small: Effects(small.data).save(file), "holds no diagnosis but effects of interventions"),
     ],
-    ids=["missing", "folder", "empty", "text", "half", "other_netcdf", "schema"],
+    ids=["missing", "folder", "empty", "text", "half", "other_netcdf", "schema", "effects"],
 )
 def test_files_that_are_no_diagnosis(small, tmp_path, write, message):
     """One message with the file's name, whatever the layers below would have said."""
@@ -964,7 +967,7 @@ def test_other_peoples_provenance(tmp_path, provenance):
     """An attribute of that name in somebody else's netCDF file is no failure of ours."""
     file = tmp_path / "given.nc"
     xr.Dataset(attrs={"provenance": provenance}).to_netcdf(file, engine="h5netcdf")
-    with pytest.raises(DiagnosisError, match=r"given\.nc is not a diagnosis"):
+    with pytest.raises(DiagnosisError, match=r"given\.nc holds no diagnosis"):
         Diagnosis.load(file)
 
 

@@ -29,9 +29,9 @@ from tiny import random_corpus, word_tokenizer, words
 
 from loopdiag import interventions as iv
 from loopdiag.bootstrap import interval, resampled_means
-from loopdiag.diagnosis import weights_hash
 from loopdiag.interventions import contexts
 from loopdiag.model.past import Past
+from loopdiag.results import weights_hash
 
 IDS = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(1))
 WIRINGS = [{}, {"offset": 2, "gate_input": "query", "norm_between_loops": False}, HUGINN_LIKE, OURO_LIKE, RANDOM_PLT]

@@ -14,7 +14,7 @@ PACKAGE = Path(loopdiag.__file__).parent
 
 # A room may import what stands to its left, and itself. `files` and `bootstrap` are for all.
 ROOMS = (
-    *("errors", "files", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "diagnosis"),
+    *("errors", "files", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "results", "diagnosis"),
     *("summary", "gaincost", "plots", "report", "cli"),
 )
 # Side rooms use what stands left of gaincost, and only report and cli use them.

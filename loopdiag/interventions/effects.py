@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +16,13 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from loopdiag import __version__
 from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.corpus import Batch, Corpus, TokenDocument, batches, tokenize
-from loopdiag.diagnosis import LONGEST_DOCUMENT, weights_hash
+from loopdiag.diagnosis import LONGEST_DOCUMENT
 from loopdiag.errors import InputError
-from loopdiag.files import whole
 from loopdiag.interventions import contexts
 from loopdiag.model.decoder import LoopedLM
+from loopdiag.results import Result, about_machine, about_model
 
 SCHEMA = 1
 GROUPS = ("offset", "carry", "loops", "gate", "window", "memory")
@@ -146,7 +140,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Effects:
+class Effects(Result):
     """Effects of interventions on one model and corpus.
 
     Attributes:
@@ -155,12 +149,7 @@ class Effects:
             `group`, `change` and `loop` (0 where it is no single one) are those of each intervention.
     """
 
-    data: xr.Dataset
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What is needed to measure the same again: model, weights, corpus, seed, batch size, dtype, versions."""
-        return json.loads(self.data.attrs["provenance"])
+    KIND, WRITTEN_BY, SCHEMA, ERROR = "effects of interventions", "loopdiag intervene --save", SCHEMA, EffectsError
 
     def table(self, seed: int = 0) -> list[Effect]:
         """One row for each intervention; the intervals leave out the training seed.
@@ -186,31 +175,6 @@ class Effects:
             f"{about['trained_loops']} loops, run with {about['run_loops']}): {about['documents']} documents of "
             f"{about['corpus']}, {about['tokens']:,} predicted tokens"
         )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a netCDF file, whole or not at all; a file of that name is replaced."""
-        with whole(Path(path)) as partial_file:
-            self.data.to_netcdf(partial_file, engine="h5netcdf")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Effects:
-        """Read what `save` wrote.
-
-        Raises:
-            EffectsError: No such file, or not effects of this schema.
-        """
-        if not Path(path).is_file():
-            raise EffectsError(f"{path} is no file: give one that `loopdiag intervene --save` wrote.")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about other people's HDF5 files, refused below
-                data = xr.load_dataset(path, engine="h5netcdf")
-            schema = json.loads(data.attrs["provenance"])["schema"] if "effect" in data else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EffectsError(f"{path} holds no effects: {type(error).__name__}: {error}.") from None
-        if schema != SCHEMA:
-            raise EffectsError(f"{path} holds no effects of schema {SCHEMA}, which this version reads. Measure again.")
-        return cls(data)
 
 
 @torch.no_grad()
@@ -287,10 +251,7 @@ def intervene(
     provenance = {
         "schema": SCHEMA,
         "model": model.source,
-        "weights_sha256": weights_hash(model),
-        "config": asdict(cfg),
-        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
-        "device": device.type,
+        **about_model(model),
         "trained_loops": cfg.n_loops,
         "run_loops": n_loops,
         "absent": absent,
@@ -303,9 +264,7 @@ def intervene(
         "max_tokens": max_tokens,
         "seed": seed,
         "batch_size": batch_size,
-        "threads": torch.get_num_threads(),
-        "versions": {"loopdiag": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "transformer-lens", "transformers")},
+        **about_machine(),
     }
     return Effects(_dataset(parts, chosen, documents, provenance))
 

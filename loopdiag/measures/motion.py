@@ -155,7 +155,7 @@ def _gaps(trace: LoopTrace, after: Tensor | None) -> PerToken:
     return torch.cat((undefined(moved, 1), moved[1:]))
 
 
-# A step that is not above so many times what rounding adds to it says nothing.
+# What is not above so many times what rounding makes of it says nothing.
 ABOVE_NOISE = 2.0
 
 

@@ -16,10 +16,10 @@ PerLoop = Float[Tensor, "document loop"]
 
 # Logits of this many entries (all loops together) exist at a time. On a CPU they should stay in its cache (four times
 # as fast as 2**26 on a vocabulary of 2,048); a GPU wants large blocks. A head too wide for the cache is read again for
-# every block: there, more at a time is twice as fast (32,000).
+# every block: there, more at a time is faster (1.4 times on a vocabulary of 32,000).
 LOGITS_AT_A_TIME = {"cpu": 2**20}
 LOGITS_ELSEWHERE = 2**26
-WIDE, LOGITS_OF_WIDE = 2**13, 2**23
+WIDE, LOGITS_OF_WIDE = 2**13, 2**22
 
 
 def exits(trace: LoopTrace) -> dict[str, PerLoop]:
@@ -156,7 +156,8 @@ def per_token(
     most = LOGITS_AT_A_TIME.get(kept.device.type, LOGITS_ELSEWHERE)
     block = max(1, (max(most, LOGITS_OF_WIDE) if width > WIDE else most) // (width * len(kept)))
     parts = [
-        of_logits(at_least_float32(trace.head(kept[:, start : start + block])), targets[start : start + block])
+        # Contiguous: else loops are multiplied one by one.
+        of_logits(at_least_float32(trace.head(kept[:, start : start + block].contiguous())), targets[start:][:block])
         for start in range(0, max(1, len(targets)), block)
     ]
     series = {}

@@ -3,7 +3,8 @@
     python -m loopdiag.sweep.family [--work build/family]
 
 prepares text and tokenizer, trains each model (a stopped run goes on where it was), and writes the bundled
-documents and models into the package.
+documents and models into the package. With `--out` the models go into a folder instead, and the package stays as it
+is; `make figures/saved/emergence.json` trains one on a quarter of the budget so, for a figure of its looks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,7 +29,7 @@ from loopdiag.model.config import LoopedConfig
 from loopdiag.model.loading import BUNDLED, load
 from loopdiag.model.saving import save
 from loopdiag.sweep import sources
-from loopdiag.sweep.training import Recipe, train
+from loopdiag.sweep.training import MONITORED, Recipe, train
 
 DOCUMENTS = BUNDLED.parents[1] / "corpus" / "bundled"
 END = "<|endoftext|>"
@@ -144,7 +146,7 @@ def card(work: Path) -> str:
     nll: dict[int, np.ndarray] = {}  # [document, loop 0..]
     for n_loops in LOOPS:
         model = load(f"tiny-plt-{n_loops}")
-        measured = diagnose(model, report, n_loops=max(LOOPS), readouts=False).data["nll_exit"]
+        measured = diagnose(model, report, n_loops=max(LOOPS), measures=["prediction"]).data["nll_exit"]
         nll[n_loops] = measured.values
     sources = measured["source"].values
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -207,6 +209,18 @@ Loss on all {fit + reported} held-out documents against training tokens.
 """
 
 
+def looks(n_loops: int, recipe: Recipe, log: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """What a log says of single loops, with what it takes to read and to repeat it."""
+    return {
+        "n_loops": n_loops,
+        "tokens": recipe.tokens,
+        "tokens_per_update": recipe.sequence * recipe.batch_size,
+        "seed": recipe.seed,
+        "documents": MONITORED,
+        "log": [entry for entry in log if any(name.startswith("loop_") for name in entry)],
+    }
+
+
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -218,13 +232,27 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/family"), help="checkpoints and prepared text")
     parser.add_argument("--loops", type=int, nargs="+", default=LOOPS, help="members to train")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (slower)")
+    parser.add_argument("--tokens", type=int, default=RECIPE.tokens, help="training tokens of each; needs --out")
+    parser.add_argument("--out", type=Path, help="where models go, instead of replacing the bundled ones")
+    parser.add_argument("--looks", type=Path, help="JSON file for the looks at the loops of the last member trained")
     arguments = parser.parse_args()
+    if arguments.tokens != RECIPE.tokens and arguments.out is None:
+        parser.error("--tokens is not the family's budget: give --out, so that no bundled model is replaced.")
+    if arguments.tokens > RECIPE.tokens:
+        parser.error(f"--tokens {arguments.tokens} is more than the prepared text has: {RECIPE.tokens}.")
     tokenizer, stream, held_out = prepare(arguments.work)
-    recipe = replace(RECIPE, compile=not arguments.no_compile)
+    recipe = replace(RECIPE, tokens=arguments.tokens, compile=not arguments.no_compile)
     for n_loops in arguments.loops:
         model = train(config(n_loops), recipe, stream, held_out, arguments.work / f"plt-{n_loops}")
         model.tokenizer = tokenizer
-        save(model, BUNDLED / f"tiny-plt-{n_loops}", dtype="bfloat16")
+        save(model, (arguments.out or BUNDLED) / f"tiny-plt-{n_loops}", dtype="bfloat16")
+    if arguments.looks is not None:
+        log = json.loads((arguments.work / f"plt-{n_loops}" / "log.json").read_text())
+        arguments.looks.parent.mkdir(parents=True, exist_ok=True)
+        with whole(arguments.looks) as partial:
+            partial.write_text(json.dumps(looks(n_loops, recipe, log), indent=1) + "\n")
+    if arguments.out is not None:
+        return
     DOCUMENTS.mkdir(exist_ok=True)
     shutil.copy(arguments.work / "documents.jsonl", DOCUMENTS)
     (DOCUMENTS / "NOTICE.md").write_text(notice(), encoding="utf-8")

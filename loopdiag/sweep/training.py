@@ -15,9 +15,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from loopdiag.corpus import Batch
 from loopdiag.files import whole
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
+from loopdiag.monitor import BATCH_SIZE, LoopMonitor
+
+MONITORED = 32  # documents
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Recipe:
         bf16: Autocast to bfloat16.
         compile: torch.compile the model; needs a C compiler.
         evaluate_every: Batches between two looks at the held-out loss.
+        monitor_every: Batches between two looks at what each loop gives and takes.
     """
 
     tokens: int
@@ -47,6 +52,7 @@ class Recipe:
     bf16: bool = True
     compile: bool = True
     evaluate_every: int = 160
+    monitor_every: int = 10
 
     @property
     def batches(self) -> int:
@@ -81,6 +87,17 @@ class LoopedTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
+def monitored(held_out: np.ndarray) -> list[Batch]:
+    """Batches of the documents that are looked at while training: a few, spread over the [document, pos] tokens."""
+    few = np.linspace(0, len(held_out) - 1, min(len(held_out), MONITORED)).round().astype(int)
+    batches = []
+    for rows in np.split(few, range(BATCH_SIZE, len(few), BATCH_SIZE)):
+        input_ids = torch.from_numpy(held_out[rows].astype(np.int64))
+        names = tuple(f"held out {row}" for row in rows)
+        batches.append(Batch(input_ids, torch.ones_like(input_ids, dtype=torch.bool), names, names))
+    return batches
+
+
 def train(cfg: LoopedConfig, recipe: Recipe, stream: np.ndarray, held_out: np.ndarray, folder: Path) -> LoopedLM:
     """Train a model from scratch, or go on where an earlier call in the same folder stopped.
 
@@ -88,8 +105,8 @@ def train(cfg: LoopedConfig, recipe: Recipe, stream: np.ndarray, held_out: np.nd
         cfg: The model.
         recipe: The training run.
         stream: Training tokens; `recipe.tokens` of them are used.
-        held_out: [document, pos] tokens whose loss is logged on the way.
-        folder: Checkpoints (the last one is kept) and `log.json`, the losses on the way.
+        held_out: [document, pos] tokens whose loss is logged on the way, and of some the gain and cost of each loop.
+        folder: Checkpoints (the last one is kept) and `log.json`, all of that.
 
     Raises:
         ValueError: `stream` is shorter than the recipe asks for.
@@ -129,6 +146,7 @@ def train(cfg: LoopedConfig, recipe: Recipe, stream: np.ndarray, held_out: np.nd
         args=arguments,
         train_dataset=Packed(stream[: recipe.tokens], recipe.sequence),
         eval_dataset=Packed(held_out.reshape(-1), recipe.sequence),
+        callbacks=[LoopMonitor(monitored(held_out), recipe.monitor_every)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     with whole(folder / "log.json") as partial:
