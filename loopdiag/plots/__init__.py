@@ -13,10 +13,12 @@ from loopdiag.plots.loops import rarefaction
 from loopdiag.plots.nats import gain_cost, readability
 from loopdiag.plots.predictions import predictions, shares
 from loopdiag.plots.similarity import similarity
+from loopdiag.plots.training import emergence
 
 __all__ = [
     "attention",
     "draw",
+    "emergence",
     "exit_rules",
     "gain_cost",
     "gate",

@@ -146,7 +146,7 @@ def pictures(diagnoses: Sequence[Diagnosis], recommendations: Sequence[Recommend
             taking_part = [pair for pair in zip(diagnoses, told, strict=True) if _takes_part(kind, pair[0])]
             if taking_part:
                 drawn = _together(kind, diagnoses) if isinstance(kind, Together) else _apart(kind, taking_part)
-                found |= {f"{name}.{form}": _rendered(drawn, form) for form in METADATA}
+                found |= {f"{name}.{form}": rendered(drawn, form) for form in METADATA}
     return found
 
 
@@ -190,7 +190,8 @@ def _apart(kind: Apart, pairs: Sequence[tuple[Diagnosis, Recommendation | None]]
     return figure
 
 
-def _rendered(figure: Figure, form: str) -> bytes:
+def rendered(figure: Figure, form: str) -> bytes:
+    """A figure as the bytes of a file of that form."""
     into = io.BytesIO()
     figure.savefig(into, format=form, dpi=DPI, metadata=METADATA[form])
     return into.getvalue()

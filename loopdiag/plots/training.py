@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -17,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loopdiag.files import write_all
-from loopdiag.plots.files import DPI, METADATA, REPRODUCIBLE
+from loopdiag.plots.files import METADATA, REPRODUCIBLE, rendered
+from loopdiag.plots.nats import SMALL
+from loopdiag.plots.panels import MARKERS
 from loopdiag.plots.parts import COLUMN, GREY, PAPER, PLAIN, legend, message, note, single
 
 _GAIN = re.compile(r"loop_(\d+)/gain")
-MARKERS = "osD^vP*X"
-SMALL = 0.01  # nats per token: what counts as small where no price says it
 
 
 def emergence(
@@ -118,12 +117,7 @@ def pays_from(history: Sequence[Mapping[str, Any]] | Any, price: float = 0.0) ->
 def draw_emergence(saved: str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:
     """Write `emergence.png` and `.svg` into a folder, from the looks that `loopdiag.sweep.family --looks` saved."""
     told = json.loads(Path(saved).read_text())
-    pictures = {}
     with matplotlib.rc_context(PAPER | REPRODUCIBLE):
         figure = Figure(COLUMN, layout="constrained")
         emergence(told["log"], tokens_per_update=told["tokens_per_update"], ax=figure.subplots())
-        for form, metadata in METADATA.items():
-            into = io.BytesIO()
-            figure.savefig(into, format=form, dpi=DPI, metadata=metadata)
-            pictures[f"emergence.{form}"] = into.getvalue()
-    return write_all(Path(folder), pictures)
+        return write_all(Path(folder), {f"emergence.{form}": rendered(figure, form) for form in METADATA})
