@@ -13,6 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from loopdiag.corpus import TOKEN_CLASSES, Batch, Corpus, TokenDocument, batches, token_classes, tokenize
+from loopdiag.corpus.documents import spread
 from loopdiag.errors import InputError
 from loopdiag.measures import (
     DEFINITIONS,
@@ -38,7 +39,7 @@ from loopdiag.trace import ForeignModel, LoopTrace, kept_loops, record, with_map
 SCHEMA = 3
 LONGEST_RANK = 256
 LONGEST_DOCUMENT = 2048  # unless told: models are made for far more than a batch of them should hold
-NOISE_DOCUMENTS = 4  # run once more in higher precision
+NOISE_DOCUMENTS = 4  # run once more in higher precision; of as many sources
 
 
 class DiagnosisError(InputError):
@@ -186,7 +187,8 @@ class _Run:
         self.longest = max(len(document.input_ids) for document in report)
         self.token_class: tuple[Tensor, int] | None = None
         if "classes" in groups:
-            vocabulary = len(model.tokenizer) if isinstance(model, ForeignModel) else model.cfg.vocab_size
+            ids = model.tokenizer.get_vocab().values()
+            vocabulary = 1 + max(ids) if isinstance(model, ForeignModel) else model.cfg.vocab_size
             self.token_class = token_classes(model.tokenizer, vocabulary), len(TOKEN_CLASSES)
         self._tell = progress or (lambda what, done, of: None)
         self._done: dict[str, int] = {}
@@ -200,10 +202,20 @@ class _Run:
 
     def record(self, batch: Batch, **watching: Any) -> LoopTrace:
         if isinstance(self.model, ForeignModel):
-            return self.model.record(batch, self.n_loops)
+            trace = self.model.record(batch, self.n_loops)
+            if len(trace.raw) != self.n_loops + 1:
+                raise DiagnosisError(
+                    f"{self.model.source} was asked for {self.n_loops} loops, and recorded {len(trace.raw) - 1}: its "
+                    "`record` must run as many as it is asked for."
+                )
+            return trace
         return record(self.model, batch, self.n_loops, at=self.at, seed=self.seed, **watching)
 
-    def fit_readouts(self, fit: Sequence[TokenDocument]) -> Readouts:
+    def fit_readouts(self, fit: Sequence[TokenDocument]) -> Readouts | None:
+        """Translators; None where there is nothing to read, or nothing to fit on."""
+        if not fit or not self.record(next(batches(fit, 1))).readable:
+            return None
+
         def traces(documents: Sequence[TokenDocument]) -> Iterator[LoopTrace]:
             for batch in self.batches(documents, "fitting readouts", RECORDINGS * len(fit)):
                 yield self.record(batch)
@@ -253,22 +265,25 @@ class _Run:
 
     @torch.no_grad()
     def noise(self, model: LoopedLM) -> dict[str, Tensor]:
-        """What the run's precision moves, on a few documents; NaN on the others."""
+        """What the run's precision moves, on a few documents of different sources; NaN on the others."""
 
         def taken() -> tuple[LoopTrace, dict[str, Tensor]]:
             trace = self.record(batch)
             return trace, prediction.exit_series(trace)
 
-        (batch,) = batches(self.report[:NOISE_DOCUMENTS], NOISE_DOCUMENTS)
+        few = spread(self.report, NOISE_DOCUMENTS)
+        (batch,) = batches([self.report[index] for index in few], NOISE_DOCUMENTS)
         trace, series = taken()
         with higher_precision(model):
             exact, exact_series = taken()
-        few = {
+        moved = {
             "noise_step": motion.noise_step(trace, exact),
             **prediction.noise(series, exact_series, trace.predicts),
         }
-        rest = len(self.report) - len(batch.names)
-        return {name: torch.cat((x, x.new_full((rest, *x.shape[1:]), float("nan")))).cpu() for name, x in few.items()}
+        found = {name: x.new_full((len(self.report), x.shape[1]), float("nan")).cpu() for name, x in moved.items()}
+        for name, x in moved.items():
+            found[name][few] = x.cpu()
+        return found
 
 
 def matched_tokens(documents: Sequence[TokenDocument]) -> int:

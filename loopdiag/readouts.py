@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from loopdiag.corpus.documents import Sourced
 from loopdiag.errors import InputError
 from loopdiag.measures.reduce import at_least_float32, over_tokens
 from loopdiag.model.states import shift
@@ -36,12 +37,6 @@ FOLDS = 2
 RECORDINGS = FOLDS * (1 + PASSES) + 1
 LEARNING_RATE = 1e-2
 TOKENS_PER_UPDATE = 512
-
-
-class Sourced(Protocol):
-    """A document that knows which cluster it belongs to."""
-
-    source: str
 
 
 DocumentT = TypeVar("DocumentT", bound=Sourced)

@@ -25,14 +25,22 @@ _FLOORS = {
     **dict.fromkeys(
         ("step_size", "relative_step", "radial_share", "acceleration", "cos_update"), ("step_size", "noise_step")
     ),
+    **dict.fromkeys(("fixed_point_gap", "fixed_point_gap_relative"), ("fixed_point_gap", "noise_step")),
     **dict.fromkeys(("output_shift", "output_shift_reverse", "output_shift_js"), ("output_shift", "noise_shift")),
+    **{name: (name, "noise_nll") for name in ("gain", "cost")},
 }
+_OF_TWO_UPDATES = ("acceleration", "cos_update")
 # What tells two runs of a model apart, beside its name.
 _OF_A_RUN = (
     ("run_loops", "{} loops"),
     ("corpus", "on {}"),
     ("dtype", "{}"),
     ("documents", "{} documents"),
+    ("max_tokens", "up to {} tokens"),
+    ("measured_loops", "at loops {}"),
+    ("corpus_sha256", "corpus {:.8}"),
+    ("batch_size", "batches of {}"),
+    ("device", "on {}"),
     ("seed", "seed {}"),
     ("weights_sha256", "weights {:.8}"),
 )
@@ -90,7 +98,8 @@ def labels(diagnoses: Sequence[Diagnosis]) -> list[str]:
 def estimate(values: xr.DataArray, *, seed: int = 0) -> Estimate:
     """Means over documents with intervals; `low` and `high` are NaN where there is no `document` to resample.
 
-    A document without a value, such as one too short for a rank, is left out of that value's mean.
+    A document without a value, such as one too short for a rank, is left out of that value's mean, and a resample that
+    has no such document of that value's interval. A value of a single source has none.
 
     Args:
         values: With the coordinate `source` along `document`.
@@ -111,7 +120,10 @@ def estimate(values: xr.DataArray, *, seed: int = 0) -> Estimate:
                 resampled_means(part.astype(float), values["source"].values, seed=seed) for part in (filled, there)
             )
             draws = sums / counts
-    return Estimate(mean, *interval(draws))
+    _, cluster = np.unique(values["source"].values, return_inverse=True)
+    alone = sum(there[cluster == each].any(0).astype(int) for each in np.unique(cluster)) < 2
+    low, high = np.nanpercentile(np.where(alone, 0.0, draws), (2.5, 97.5), axis=0)
+    return Estimate(mean, *(np.where(alone, np.nan, end) for end in (low, high)))
 
 
 def by_loop(diagnosis: Diagnosis, name: str, *, seed: int = 0) -> ByLoop:
@@ -145,13 +157,16 @@ def below_noise(diagnosis: Diagnosis, name: str = "step_size") -> np.ndarray:
     """Loops >= 1 at which a measure says nothing, since what it is made of is not above twice the run's noise.
 
     Measures of updates rest on `step_size` and `noise_step`, those of output shifts on `output_shift` and
-    `noise_shift`, both by their means over documents. No loops for other measures, and where no noise was measured.
+    `noise_shift`, gain and cost on `noise_nll`, all by their means over documents; what is made of two updates falls
+    with either. No loops for other measures, and where no noise was measured.
     """
     made_of, floor = _FLOORS.get(name, (name, ""))
     if floor not in diagnosis.data or made_of not in diagnosis.data:
         return np.empty(0, int)
     means = diagnosis.data[[made_of, floor]].mean("document").sel(loop=diagnosis.loops)
     lost = (means[made_of] <= ABOVE_NOISE * means[floor]).values
+    if name in _OF_TWO_UPDATES:
+        lost[1:] |= lost[:-1]
     return diagnosis.loops[lost]
 
 
@@ -183,7 +198,7 @@ def refinement_shares(diagnosis: Diagnosis, *, seed: int = 0) -> dict[str, ByLoo
         if name not in diagnosis.data or diagnosis.data[name].sel(loop=loops).isnull().all():
             continue
         values = diagnosis.data[name].sel(loop=loops)
-        values = values.mean([dim for dim in values.dims if dim in ("layer", "head")]).dropna("document")
+        values = values.mean([dim for dim in values.dims if dim in ("layer", "head")]).dropna("document", how="all")
         draws = resampled_means(values.values, values["source"].values, seed=seed)
         shares, (low, high) = _shares(values.values.mean(0)), interval(_shares(draws))
         beyond = loops > diagnosis.provenance["trained_loops"]
@@ -214,7 +229,7 @@ def loop_cka(diagnosis: Diagnosis, *, seed: int = 0) -> Estimate:
         DiagnosisError: The diagnosis holds no `hsic`.
     """
     diagnosis.require("hsic")
-    terms = diagnosis.data["hsic"].dropna("document")
+    terms = diagnosis.data["hsic"].dropna("document", how="all")
     draws = resampled_means(terms.values, terms["source"].values, seed=seed)
     pooled, drawn = (cka(torch.from_numpy(array)).numpy() for array in (terms.values.mean(0), draws))
     return Estimate(pooled, *interval(drawn))
@@ -231,7 +246,8 @@ class ExitRule:
         nll: NLL at the exits taken, in nats per token.
         excess: That over the NLL after the last loop, document by document, so that its interval is that of a pair.
         utility: -NLL - price * (loops - 1), in nats per token.
-        usual: Index of the threshold that the rule is published with; None where there is none.
+        usual: Index of the threshold that the rule is published with; None where there is none, and where loops were
+            left out, since it is one for changes from loop to loop.
         chosen: Index of the threshold of greatest utility on the `fit` documents, of which nothing is reported.
     """
 
@@ -285,7 +301,7 @@ def exit_trade_off(diagnosis: Diagnosis, price: float = 0.01, *, seed: int = 0) 
         loops, nll = of_rule["exit_rule_loops"], of_rule["exit_rule_nll"]
         fit = -of_rule["exit_rule_nll_fit"] - price * (of_rule["exit_rule_loops_fit"] - 1)
         threshold = of_rule["exit_rule_threshold"].values
-        usual = RULES[name].usual if name in RULES else None
+        usual = RULES[name].usual if name in RULES and len(diagnosis.loops) == diagnosis.loops[-1] else None
         return ExitRule(
             name=name,
             threshold=threshold,

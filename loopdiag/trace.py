@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class LoopTrace:
         """Numbers of the kept loops, 0 first."""
         return self.at or tuple(range(len(self.raw)))
 
-    @property
+    @cached_property
     def normed(self) -> States:
         """N(Y_r), what the plain logit lens reads: the readout itself, where no coda stands in between."""
         return self.readout if self.coda is None else self.norm(self.raw)
@@ -136,7 +137,7 @@ class LoopTrace:
             raise ValueError("states is empty: give the state after each loop, at least one.")
         documents, pos = embed.shape[:2]
         if mask is None:
-            mask = torch.ones(documents, pos, dtype=torch.bool, device=embed.device)
+            mask = torch.ones(documents, pos, dtype=torch.bool)
         for name, given in (("mask", mask), ("input_ids", input_ids)):
             if given is not None and given.shape != (documents, pos):
                 raise ValueError(
@@ -155,7 +156,8 @@ class LoopTrace:
         after_coda = None if coda is None else stacked("coda", coda, n_loops + 1)
         norm = norm or torch.nn.Identity()
         readout = norm(raw if after_coda is None else after_coda)
-        return cls(input_ids, mask.bool(), raw, handed, readout, offset, norm, head, coda=after_coda)
+        mask, input_ids = mask.bool().to(embed.device), None if input_ids is None else input_ids.to(embed.device)
+        return cls(input_ids, mask, raw, handed, readout, offset, norm, head, coda=after_coda)
 
 
 def _require_shape(name: str, state: Any, like: Tensor | None) -> None:
@@ -235,9 +237,15 @@ def record(
         on_layer: Called with loop, layer, the state after the layer and the mask, likewise.
 
     Raises:
-        ValueError: `n_loops` below 1, or `at` that does not rise from 1 to it.
+        ValueError: `n_loops` below 1, `at` that does not rise from 1 to it, or a model whose loops are wired otherwise
+            than its configuration says.
     """
     cfg = model.cfg
+    if model.wiring.rewired:
+        raise ValueError(
+            "record: the model is inside skip_loop, repeat_loop, swap_loops, own_memory, or shift_offset of one loop. "
+            "A trace would tell of loops as the configuration has them: use run_with_cache, or record outside."
+        )
     n_loops = (at[-1] if at else cfg.n_loops) if n_loops is None else n_loops
     model.ensure_loops(n_loops)
     loops = kept_loops(n_loops, at)
@@ -249,7 +257,7 @@ def record(
     points = ["hook_out_pre_norm", "hook_readout"]
     points += ["hook_coda_out"] if cfg.n_coda else []
     # Whether a token is still there after loop r depends on every loop before.
-    points += ["hook_exit_gate"] if cfg.exit_gate and at is None else []
+    points += ["hook_exit_gate"] if cfg.exit_gate and len(loops) == n_loops else []
     # Each state goes straight to its place: beside the trace, no state is held twice.
     whole: dict[str, Tensor] = {}
 
@@ -293,7 +301,7 @@ def record(
         gate=whole.get("attn.hook_gate"),
         coda=whole.get("hook_coda_out"),
         leave=whole.get("hook_exit_gate"),
-        at=None if at is None else (0, *loops),
+        at=None if len(loops) == n_loops else (0, *loops),
     )
 
 

@@ -168,6 +168,18 @@ def test_classes_against_plain_python():
             assert found["class_share"][row, number].item() == pytest.approx(share, abs=1e-15, nan_ok=True)
 
 
+def test_added_tokens_say_nothing_of_the_others():
+    """A marker with a SentencePiece space in a byte-level vocabulary; and the bytes of SentencePiece."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"Ġword": 0, "Ċ": 1, "word": 2}, unk_token="word"))
+    )
+    tokenizer.add_tokens(["<begin▁of▁text>"])
+    assert [TOKEN_CLASSES[index] for index in token_classes(tokenizer, 4)[:3]] == ["word", "space", "piece"]
+    spelled = {"▁word": 0, "<0x0A>": 1, "<0xE2>": 2}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(spelled, unk_token="▁word")))
+    assert [TOKEN_CLASSES[index] for index in token_classes(tokenizer, 3)] == ["word", "space", "other"]
+
+
 def test_no_tokens_no_classes():
     """Refused in words."""
     with pytest.raises(ValueError, match="lacks tokens"):

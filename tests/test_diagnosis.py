@@ -13,7 +13,7 @@ from test_decoder import BASE, make_model
 from tiny import VOCABULARY, padded, random_corpus, word_tokenizer, words
 
 from loopdiag import diagnosis as module
-from loopdiag import plots
+from loopdiag import interventions, plots
 from loopdiag.corpus import TOKEN_CLASSES, Corpus, CorpusError, Document, TokenDocument
 from loopdiag.diagnosis import Diagnosis, DiagnosisError, diagnose, matched_tokens
 from loopdiag.errors import InputError
@@ -546,13 +546,21 @@ def test_without_predictions_there_is_nothing_to_recommend(headless):
 
 
 def test_states_alone_cannot_be_read_out(toy):
-    """Readouts are asked for by default: the message says what is missing."""
+    """Readouts are asked for by default, and left out with the reason."""
 
     def run(batch, n_loops):
         return replace(toy[1].record(batch, n_loops), head=None)
 
-    with pytest.raises(ValueError, match="Readouts need head and tokens"):
-        diagnose(replace(toy[1], record=run), CORPUS)
+    made = diagnose(replace(toy[1], record=run), CORPUS)
+    assert "nll_usable" not in made.data
+    assert made.provenance["absent"]["nll_usable"].startswith("the trace has no head or no tokens")
+
+
+def test_a_model_that_runs_other_loops_than_it_is_asked_for(toy):
+    """Refused with the first batch, and not after all of them."""
+    other = replace(toy[1], record=lambda batch, n_loops: toy[1].record(batch, n_loops + 1))
+    with pytest.raises(DiagnosisError, match="was asked for 3 loops, and recorded 4"):
+        diagnose(other, CORPUS, n_loops=3, measures=QUICK)
 
 
 def test_states_of_a_coda_alone(toy):
@@ -727,7 +735,10 @@ def test_some_loops(kind):
     assert every.provenance["measured_loops"] == [1, 2, 3, 4, 5]
     for name, values in some.data.items():
         assert values.dims == dimensions(name, values.ndim), name
-        xr.testing.assert_equal(np.isfinite(values).drop_attrs(), where_defined(values).drop_attrs())
+        if name == "motion_label":  # the last step is of three loops, the one before of one
+            assert np.isnan(values).all()
+        else:
+            xr.testing.assert_equal(np.isfinite(values).drop_attrs(), where_defined(values).drop_attrs())
     alike = {"nll_exit", "entropy", "rank", "accuracy", "nll_by_class", *GROUPS["offset"], *GROUPS["pooled"]}
     alike |= {"hsic", "hsic_layers", "effective_rank", "participation_ratio", *GROUPS["fixed_point"], *GROUPS["heads"]}
     alike |= {"gate_mean", "gate_by_position", *GROUPS["attention_pairs"]}
@@ -1015,11 +1026,27 @@ def test_nothing_to_report_on():
         diagnose(MODEL, corpus_of(), measures=QUICK)
 
 
-@pytest.mark.parametrize("fit", [(), tuple(replace(document, source="one") for document in CORPUS.fit)])
-def test_too_few_sources_to_fit_on(fit):
+def test_too_few_sources_to_fit_on():
     """Two sources, one in each half, are allowed by the corpus; that readouts need more is an error of the input."""
+    fit = tuple(replace(document, source="one") for document in CORPUS.fit)
     with pytest.raises(InputError, match="at least 2 sources"):
         diagnose(MODEL, Corpus("made here", fit, CORPUS.report))
+
+
+def test_nothing_to_fit_on():
+    """Readouts are left out, and the reason says so."""
+    made = diagnose(MODEL, Corpus("made here", (), CORPUS.report))
+    assert made.provenance["absent"]["nll_usable"].endswith("the corpus has no documents to fit on")
+    assert "nll_exit" in made.data
+
+
+def test_rewired_loops_are_not_measured():
+    """Inside an intervention that passes other loops than the configuration has, numbers would tell of others."""
+    with interventions.skip_loop(MODEL, 2), pytest.raises(ValueError, match="inside skip_loop"):
+        diagnose(MODEL, CORPUS, measures=QUICK)
+    with interventions.clamp_gate(MODEL, 0.5):
+        made = diagnose(MODEL, CORPUS, measures=["attention"])
+    np.testing.assert_allclose(made.data["gate_mean"][:, 2:], 0.5)
 
 
 # -- models and documents as they come --------------------------------------------------------------

@@ -371,6 +371,14 @@ def test_labels_of_planted_motion(kind, expected):
         assert label(planted_motion(kind, n_loops)).tolist() == [expected]
 
 
+def test_labels_of_kept_loops_need_steps_alike():
+    """A step of four loops beside one of one would make a state that settles drift."""
+    settling = torch.cumsum(0.7 ** torch.arange(9.0), 0)[:, None, None, None] * torch.ones(9, 1, 6, 3)
+    for at, expected in (((0, 1, 2, 3, 4), 0), ((0, 2, 4, 6, 8), 0), ((0, 1, 2, 3, 8), NAN)):
+        trace = replace(trace_of(settling[list(at)]), at=at)
+        assert label(trace).tolist() == pytest.approx([expected], nan_ok=True)
+
+
 def test_labels_of_too_few_loops():
     """Two steps after the first are needed: NaN under three loops, and for a document without tokens."""
     for n_loops in (1, 2):
@@ -811,6 +819,36 @@ def test_predictions_that_exclude_each_other():
     assert values["nll_exit"].tolist() == [pytest.approx([LOG2, 300, 0])]
     assert values["entropy"].tolist() == [pytest.approx([LOG2, 0, 0])]
     assert values["output_shift_js"][0, 2].item() == pytest.approx(LOG2)
+
+
+def test_a_loop_that_is_not_finite_predicts_nothing():
+    """Its numbers are NaN, and so is what compares with it; comparisons with NaN would say that the best came out."""
+    whole = random_trace(n_loops=4)
+    broken = whole.readout.clone()
+    broken[3] = float("nan")
+    found, expected = exit_series(replace(whole, readout=broken)), exit_series(whole)
+    predicts = whole.predicts
+    compares = {"gain", "cost", "changed", "fixed", "broken"} | {name for name in found if name.startswith("output")}
+    others = {"settled": [0, 1, 2, 3], "breadth": [0, 1, 2, 3, 4]} | {name: [3, 4] for name in compares}
+    for name, values in found.items():
+        lost = others.get(name, [3])
+        kept = [loop for loop in range(5) if loop not in lost]
+        assert values[lost][:, predicts].isnan().all(), name
+        assert_same(values[kept], expected[name][kept], 1e-13, name)
+
+
+def test_tokens_that_a_head_leaves_out():
+    """Logits of -inf at every exit have no part in entropy and divergences: as if the head did not have them."""
+    trace = random_trace()
+    few = replace(trace, input_ids=trace.input_ids.clamp_max(4))
+
+    def head(h):
+        return trace.head(h)[..., :5]
+
+    def with_holes(h):
+        return torch.cat((head(h), torch.full_like(h[..., :2], float("-inf"))), dim=-1)
+
+    assert_all_same(exits(replace(few, head=with_holes)), exits(replace(few, head=head)), 1e-13)
 
 
 def test_tied_tokens_share_their_rank():

@@ -54,10 +54,15 @@ def test_documents_without_a_value_are_left_out():
     np.testing.assert_allclose((found.low[0], found.high[0]), (alone.low, alone.high))
 
 
-def test_a_value_that_a_resample_may_miss_has_no_interval():
+def test_a_value_of_one_source_has_no_interval():
     found = summary.estimate(by_document([1.0, np.nan, np.nan]))
     assert found.mean == 1
     assert np.isnan(found.low)
+
+
+def test_resamples_that_miss_a_value_are_left_out_of_its_interval():
+    found = summary.estimate(by_document([1.0, 2.0, np.nan, np.nan]))
+    assert (found.low, found.mean, found.high) == (1, 1.5, 2)
 
 
 def test_what_was_not_measured_by_document_has_no_interval():

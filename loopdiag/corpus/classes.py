@@ -38,12 +38,14 @@ def token_classes(tokenizer: Any, vocab_size: int) -> Int[Tensor, " vocab"]:
     """
     import torch
 
-    special = set(tokenizer.all_special_ids)
     found = torch.full((vocab_size,), len(_PATTERNS))
-    written = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    by_bytes = any("Ġ" in token for token in written if token) and not any("▁" in token for token in written if token)
-    for token, spelled in enumerate(written[:vocab_size]):
-        text = None if token in special or spelled is None else _text(spelled, by_bytes)
+    written = {token: spelled for spelled, token in tokenizer.get_vocab().items() if token < vocab_size}
+    # Tokens that were added are written as they are, and say nothing of how the others are.
+    added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    learned = [spelled for token, spelled in written.items() if token not in added]
+    by_bytes = any("Ġ" in spelled for spelled in learned) and not any("▁" in spelled for spelled in learned)
+    for token, spelled in written.items():
+        text = None if token in tokenizer.all_special_ids else _text(spelled, by_bytes)
         if text is not None:
             matches = (index for index, (_, form) in enumerate(_PATTERNS) if re.fullmatch(form, text))
             found[token] = next(matches, len(_PATTERNS))
@@ -52,6 +54,8 @@ def token_classes(tokenizer: Any, vocab_size: int) -> Int[Tensor, " vocab"]:
 
 def _text(spelled: str, by_bytes: bool) -> str | None:
     """The text of a token; None for bytes that are no text alone."""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", spelled):  # SentencePiece's last resort
+        return chr(int(byte[1], 16)) if int(byte[1], 16) < 128 else None
     if not by_bytes or not _BYTES.keys() >= set(spelled):  # tokens that were added are written as they are
         return spelled.replace("▁", " ")
     try:

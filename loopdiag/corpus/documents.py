@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Protocol
 
 from loopdiag.errors import InputError
 
@@ -80,18 +81,26 @@ class Corpus:
                 f"half to report on. Ask for {MIN_DOCUMENTS} or more; {self.name} has {len(self)}."
             )
         n_fit = min(len(self.fit), max(n_documents // 2, n_documents - len(self.report)))
-        return Corpus(self.name, _spread(self.fit, n_fit), _spread(self.report, n_documents - n_fit))
+        halves = ((self.fit, n_fit), (self.report, n_documents - n_fit))
+        fit, report = (tuple(half[index] for index in spread(half, count)) for half, count in halves)
+        return Corpus(self.name, fit, report)
 
 
-def _spread(documents: Sequence[Document], n_documents: int) -> tuple[Document, ...]:
-    """At most `n_documents`, taken from the sources in turn."""
+class Sourced(Protocol):
+    """A document that knows which cluster it belongs to."""
+
+    @property
+    def source(self) -> str: ...
+
+
+def spread(documents: Sequence[Sourced], n_documents: int) -> list[int]:
+    """Places of at most `n_documents`, taken from the sources in turn."""
     seen: Counter[str] = Counter()
     turns = []
     for index, document in enumerate(documents):
         turns.append((seen[document.source], document.source, index))
         seen[document.source] += 1
-    chosen = sorted(index for _, _, index in sorted(turns)[:n_documents])
-    return tuple(documents[index] for index in chosen)
+    return sorted(index for _, _, index in sorted(turns)[:n_documents])
 
 
 def bundled() -> Corpus:

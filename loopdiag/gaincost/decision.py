@@ -124,9 +124,9 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
     else:
         why = _doubt(utility.mean(0), draws, picked, support[pick], price, loops)
     about = diagnosis.provenance
-    measured = [name for name in _LENS_INPUTS if name in diagnosis.data]
-    places = lens_picks({name: diagnosis.data[name].mean("document").values for name in measured})
-    lenses = {name: int(diagnosis.data["loop"][place]) for name, place in places.items()}
+    # Lenses compare what each loop does with the loop before: where loops were left out, they have no opinion.
+    measured = [name for name in _LENS_INPUTS if name in diagnosis.data] if len(loops) == loops[-1] else []
+    lenses = lens_picks({name: diagnosis.data[name].mean("document").values for name in measured})
     return Recommendation(
         verdict="undetermined" if why else "recommended",
         recommended_loops=None if why else pick,
@@ -208,8 +208,7 @@ def describe(steps: tuple[BreakEven, ...]) -> str:
     )
 
 
-# -- lenses: each reads loops 0..R, or 0 and those that were measured (NaN where undefined), and says after which place
-# -- in that row a family like this should stop
+# -- lenses: each reads loops 0..R (NaN where undefined) and says how many loops a family like this should train with
 
 
 def cost_gain(gain: PerLoop, cost: PerLoop) -> int | None:
@@ -254,7 +253,7 @@ _LENS_INPUTS = sorted({name for _, needed in LENSES.values() for name in needed}
 
 
 def lens_picks(curves: Mapping[str, PerLoop]) -> dict[str, int]:
-    """Each lens' pick, a place in mean curves over the loops; without an opinion, or its curve, a lens is left out."""
+    """Each lens' pick from mean curves over loops 0..R; without an opinion, or its curve, a lens is left out."""
     picks = {
         name: lens(*(np.asarray(curves[curve], dtype=float) for curve in needed))
         for name, (lens, needed) in LENSES.items()

@@ -275,7 +275,8 @@ def patch(
 @contextmanager
 def _changed(model: LoopedLM, change: Callable[[LoopedConfig, Wiring], tuple[LoopedConfig, Wiring]]) -> Iterator[None]:
     before = model.cfg, model.wiring
-    model.cfg, model.wiring = change(*before)
+    model.cfg, wiring = change(*before)
+    model.wiring = replace(wiring, ongoing=wiring.ongoing + 1)
     try:
         yield
     finally:
@@ -310,11 +311,13 @@ def _place(model: LoopedLM, edits: Callable[[int], Mapping[str, Edit]]) -> Itera
             placed.append((point, handle))
 
     model.on_growth.append(on)
+    model.wiring = replace(model.wiring, ongoing=model.wiring.ongoing + 1)
     try:
         for loop in range(1, len(model.loops) + 1):
             on(loop)
         yield
     finally:
+        model.wiring = replace(model.wiring, ongoing=model.wiring.ongoing - 1)
         model.on_growth.remove(on)
         for point, handle in placed:
             handle.hook.remove()

@@ -25,6 +25,7 @@ ENTRIES_AT_A_TIME = 2**21
 ENTRIES_OF_HEADS = {"cpu": 2**18}
 # Queries of a block that looks at a window: a block sees as many keys more as the window has, most of them in vain.
 SHORTEST_BLOCK = 64
+PerQuery = Float[Tensor, "head query"]
 Map = Float[Tensor, "document head query key"]
 LogMap = Float[Tensor, "document head query key"]
 Gram = Float[Tensor, "*query head head_b"]
@@ -146,7 +147,8 @@ def head_rank(a: Map) -> Float[Tensor, "document query"]:
 
 
 def _rank_of(gram: Gram) -> Float[Tensor, "*query"]:
-    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]  # what is not has no spectrum: NaN
+    values = torch.linalg.eigvalsh(gram.where(finite, 0)).clamp_min(0).sqrt()
     return torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
 
 
@@ -194,8 +196,7 @@ class AttentionMeasures:
                     kept, kept_lse = earlier[other]
                     before = _View.of(kept, index, real), kept_lse[index]
                 numbers = _of_queries(now, expected, lse, before)
-                # Without the first query, which has no choice: for a document of one token the mean is NaN.
-                found[other].append({name: x[:, 1:].mean(-1) for name, x in numbers.items()})
+                found[other].append({name: _over_queries(name, x, now.window) for name, x in numbers.items()})
         if "attention" in self.groups:
             self._keep(_stacked(found[held_against[-1]]), loop, layer)
         for other in earlier if pairs else ():
@@ -224,6 +225,15 @@ class AttentionMeasures:
                 place: list[Any] = [index[loop] for loop in loops]
                 results[name][(slice(None), *place, layer)] = values
         return results
+
+
+def _over_queries(name: str, x: PerQuery, window: int) -> Float[Tensor, " head"]:
+    """Mean over the queries that have a choice; NaN for a document without any."""
+    if name.startswith("attention_window"):
+        return x[:, window:].mean(-1)  # before, the window holds all there is
+    mean = x[:, 1:].mean(-1)
+    # Rounding may not make an entropy or a divergence negative.
+    return mean if "sink" in name else mean.clamp_min(0)
 
 
 def _stacked(documents: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -299,9 +309,6 @@ class _View:
         return self.q[:, rows] @ k[:, keys].transpose(1, 2) * self.q.shape[-1] ** -0.5
 
 
-PerQuery = Float[Tensor, "head query"]
-
-
 def _of_queries(
     now: _View, expected: Tensor, lse: PerQuery, before: tuple[_View, PerQuery] | None
 ) -> dict[str, PerQuery]:
@@ -353,12 +360,11 @@ def _of_queries(
 
 
 def _named(nats: PerQuery, kl: PerQuery | None, first: PerQuery, visible: Tensor) -> dict[str, PerQuery]:
-    """The numbers of one map; rounding may not make a divergence or an entropy negative."""
-    nats = nats.clamp_min(0)
+    """The numbers of one map."""
     # A window of one token leaves no choice, so that there is nothing to divide by.
     most = visible.to(nats).log().where(visible > 1, math.nan)
     found = {"attention_entropy": nats, "attention_entropy_relative": nats / most, "attention_sink": first}
-    return found if kl is None else found | {"attention_kl": kl.clamp_min(0)}
+    return found if kl is None else found | {"attention_kl": kl}
 
 
 def _inside(now: _View, lse: PerQuery, before: tuple[_View, PerQuery] | None) -> dict[str, PerQuery]:

@@ -112,8 +112,8 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
         **_by_branch("1", "entropy over the log of the visible keys", "attention_entropy_relative"),
         **_by_branch("nats", "KL of the weights in loop r from those in r-1", "attention_kl"),
         **_by_branch("1", "weight of the document's first token", "attention_sink"),
-        "attention_window": ("1", "attention", "weight of the tokens in the window, the effective map"),
-        "attention_window_global": ("1", "attention", "weight of the tokens in the window, the global branch"),
+        "attention_window": ("1", "attention", "weight of the window beyond it, the effective map"),
+        "attention_window_global": ("1", "attention", "weight of the window beyond it, the global branch"),
     },
     "attention_pairs": _by_branch(
         "nats", "KL of the weights in one loop from those in any earlier one", "attention_kl_pairs"

@@ -107,11 +107,16 @@ class PooledRank:
 
     def add(self, trace: LoopTrace) -> None:
         """Take in a batch."""
-        h = trace.normed[:, trace.mask].double()  # [loop, token, d_model]
-        total, moment = h.sum(1), h.transpose(1, 2) @ h
-        self._tokens += h.shape[1]
-        self._sum = total if self._sum is None else self._sum + total
-        self._moment = moment if self._moment is None else self._moment + moment
+        states = trace.normed
+        loops, width = len(states), states.shape[-1]
+        if self._sum is None or self._moment is None:
+            self._sum = states.new_zeros(loops, width, dtype=torch.float64)
+            self._moment = states.new_zeros(loops, width, width, dtype=torch.float64)
+        self._tokens += int(trace.mask.sum())
+        for loop in range(loops):  # one at a time: in float64 they are large
+            h = states[loop, trace.mask].double()
+            self._sum[loop] += h.sum(0)
+            self._moment[loop].addmm_(h.T, h)
 
     def result(self) -> dict[str, Float[Tensor, " loop"]]:
         """`effective_rank_pooled`, `effective_rank_centred_pooled`, `participation_ratio_pooled`; loops 0..R.
@@ -123,6 +128,9 @@ class PooledRank:
         """
         if self._sum is None or self._moment is None:
             raise ValueError("PooledRank: no batch was added, so there is nothing to rank.")
+        # What is not finite has no spectrum.
+        lost = ~self._moment.flatten(1).isfinite().all(1)
+        self._moment[lost], self._sum[lost] = 0.0, 0.0
         mean = self._sum / self._tokens
         raw = torch.linalg.eigvalsh(self._moment).clamp_min(0).sqrt()
         centred = self._moment - self._tokens * mean[:, :, None] * mean[:, None, :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -181,11 +183,13 @@ def label(trace: LoopTrace) -> Float[Tensor, " document"]:
 
     Read off the last loop R, from means over the document's tokens. Settling: the step size is at most 0.8 of
     that of loop R-1. Else orbiting: `cos_update` is negative and lies at least 0.1 below `cos_reference`, so the update
-    turns back more than unrelated states would. Else drifting.
+    turns back more than unrelated states would. Else drifting. Where only some loops were kept, the last two steps must
+    be of as many loops each, else NaN.
 
     The limits are conventions of this project.
     """
-    if len(trace.raw) < 4:
+    gaps = [later - earlier for earlier, later in pairwise(trace.loops)]
+    if len(gaps) < 3 or gaps[-1] != gaps[-2]:
         return torch.full((len(trace.mask),), float("nan"), dtype=torch.float64)
     step, cosine, reference = step_size(trace), cos_update(trace)[:, -1], cos_reference(trace)[:, -1]
     settles = step[:, -1] <= SHRINKS_TO * step[:, -2]

@@ -185,6 +185,11 @@ def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dic
     change = nll[1:] - nll[:-1]
     moved = log_p[1:] - log_p[:-1]
     middle = (p[1:] + p[:-1]).div_(2).clamp_min_(torch.finfo(p.dtype).tiny).log_()
+    # A head may leave tokens out by logits of -inf: they have no part in anything.
+    nowhere = logits.isneginf()
+    if nowhere.any():
+        moved = moved.masked_fill(nowhere[1:] & nowhere[:-1], 0.0)
+        log_p, middle = log_p.masked_fill(nowhere, 0.0), middle.masked_fill(nowhere[1:] & nowhere[:-1], 0.0)
     divergence = {
         "output_shift": (p[1:] * moved).sum(-1),
         "output_shift_reverse": -(p[:-1] * moved).sum(-1),
@@ -202,7 +207,7 @@ def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dic
         "broken": right[:-1] & ~right[1:],
     }
     first = torch.full_like(nll[:1], float("nan"))
-    return {
+    found = {
         "nll_exit": nll,
         "rank": rank,
         "log_rank": rank.to(nll).log(),
@@ -213,6 +218,16 @@ def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dic
         "breadth": _largest(divergence["output_shift"]),
         **{name: torch.cat((first, values.to(nll))) for name, values in (divergence | flips).items()},
     }
+    # Where a state is not finite nothing is predicted: comparisons with NaN would say that the best came out.
+    lost = nll.isnan()
+    if lost.any():
+        since = lost.flip(0).cummax(0).values.flip(0)  # at this exit or a later one
+        either = torch.cat((lost[:1], lost[1:] | lost[:-1]))
+        where = {"settled": since, "breadth": lost.any(0).expand_as(lost)} | dict.fromkeys(
+            (*divergence, *flips), either
+        )
+        found = {name: x.masked_fill(where.get(name, lost), float("nan")) for name, x in found.items()}
+    return found
 
 
 def _largest(shift: Float[Tensor, "loop token"]) -> Float[Tensor, "loop token"]:

@@ -110,6 +110,8 @@ def absent(trace: LoopTrace, taken: Collection[str], groups: Collection[str]) ->
             return "the model has no exit gate" if trace.at is None else "no exit gate, or not every loop was kept"
         if name.endswith("_fit") and trace.readable:
             return "the corpus has no fit documents"
+        if group == "readouts" and "nll_usable" not in taken:
+            return "the trace has no head or no tokens, or the corpus has no documents to fit on"
         if group in ("prediction", "classes", "exit_rules"):
             return "the trace has no head or no tokens"
         if group == "offset" or name == "withheld":

@@ -184,7 +184,9 @@ class LoopedLM(HookedRootModule):
         outer = self.layout  # of a run whose hook runs the model again
         self.layout = Layout.of(self.cfg, input_ids, mask, self.embed.weight.dtype, self.rope_table, seen)
         try:
-            readout = self._run(input_ids, order, self.layout, past, initial_state, seed)
+            # torch.compile does not notice hooks that come or go, so that compiled code would pass over them.
+            run = torch.compiler.disable(self._run) if self.wiring.ongoing else self._run
+            readout = run(input_ids, order, self.layout, past, initial_state, seed)
         finally:
             self.layout = outer
         if past is not None:

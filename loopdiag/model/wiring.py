@@ -17,11 +17,18 @@ class Wiring:
         offsets: Offset on the way into single loops, where it is not the configuration's.
         own_memory: Loops whose global branch reads the loop's own keys and values in full instead of loop 1's; None is
             all of them.
+        ongoing: How many interventions are going on, those included that do with hooks or the configuration alone.
     """
 
     order: Callable[[tuple[int, ...]], Sequence[int]] | None = None
     offsets: Mapping[int, int] = field(default_factory=dict)
     own_memory: frozenset[int] | None = frozenset()
+    ongoing: int = 0
+
+    @property
+    def rewired(self) -> bool:
+        """Whether the order of loops, an offset or a memory is another than the configuration's."""
+        return self.order is not None or bool(self.offsets) or self.own_memory != frozenset()
 
     def remembers_itself(self, loop: int) -> bool:
         """Whether the global branch of `loop` reads its own keys and values."""
