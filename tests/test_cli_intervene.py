@@ -12,6 +12,7 @@ from test_cli import run
 
 from loopdiag import cli
 from loopdiag import interventions as iv
+from loopdiag.cli.effects import print_effects
 from loopdiag.cli.options import INTERVENTIONS
 
 SMALL = ("--documents", "16", "--max-tokens", "32", "--loops", "3", "--quiet")
@@ -38,12 +39,26 @@ def test_the_table_fits_and_says_what_it_does_not_show(answered):
     said = " ".join(printed.split())
     assert "what the trained model relies on, not what training without it would give" in said
     assert "swapping two changes nothing" in said
+    assert "the half that a diagnosis reports on" in said
+    assert "The document mean of the carries is over later tokens, too." in said
+    assert max(map(len, printed.splitlines())) > 72  # what goes with the table is not wrapped to its width
     rows = json.loads((folder / "e.json").read_text())["interventions"]
     for row in rows:
         assert f"{row['effect']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in printed
         assert row["change"] in printed
     assert "a loop skipped any" in said
     assert "window halved all" in said
+
+
+def test_few_sources_are_told(answered, capsys):
+    """Of fewer than five, the intervals say little."""
+    told = json.loads((answered[0] / "e.json").read_text())
+    assert told["provenance"]["sources"] >= 5
+    assert "intervals say little" not in answered[1]
+    for count, said in ((1, "from 1 source:"), (4, "from 4 sources:")):
+        print_effects({**told, "provenance": {**told["provenance"], "sources": count}})
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"The documents come {said} with fewer than 5, the intervals say little" in printed
 
 
 def test_json_and_file_hold_the_same(answered):
@@ -62,7 +77,7 @@ def test_json_and_file_hold_the_same(answered):
 
 def test_json_on_stdout_and_a_choice_of_groups(answered):
     """Nothing else is on stdout; groups that are left out are not told to be absent."""
-    result = run("intervene", *SMALL, "--only", "window,loops", "--json", "-")
+    result = run("intervene", *SMALL, "--only", "window, loops", "--json", "-")
     told = json.loads(result.stdout)
     assert {row["group"] for row in told["interventions"]} == {"window", "loops"}
     assert told["absent"] == {}

@@ -327,7 +327,15 @@ def test_chosen_positions():
     model, name = plt(), "loops.2.hook_out_pre_norm"
     _, cache = model.run_with_cache(IDS.flip(0))
     clean = model.run_with_cache(IDS)[1][name]
-    for positions, named in ((4, [4]), ([0, -1], [0, 8]), ([], []), (range(9), list(range(9)))):
+    cases = [(4, [4]), ([0, -1], [0, 8]), ([], []), (range(9), list(range(9)))]
+    cases += [
+        (torch.tensor([0, -1]), [0, 8]),
+        (np.array([2, 3]), [2, 3]),
+        (torch.tensor(4), [4]),
+        (np.int64(4), [4]),
+        ({1, 3}, [1, 3]),
+    ]
+    for positions, named in cases:
         with iv.patch(model, cache, 2, positions):
             state = model.run_with_cache(IDS)[1][name]
         expected = clean.clone()
@@ -514,6 +522,67 @@ def test_padding_changes_nothing(left):
                 assert_same(padded[row][mask[row].bool()], model(torch.tensor([tokens]))[0], 1e-12)
 
 
+@torch.no_grad()
+def test_numbers_of_numpy_are_numbers():
+    """As those of Python, and none of them stays in the configuration."""
+    model, two, four = plt(), np.int64(2), np.int32(4)
+    pairs = [
+        (iv.shift_offset(model, two), iv.shift_offset(model, 2)),
+        (iv.shift_offset(model, two, four), iv.shift_offset(model, 2, 4)),
+        (iv.set_window(model, two), iv.set_window(model, 2)),
+        (iv.drop_carry(model, four), iv.drop_carry(model, 4)),
+        (iv.skip_loop(model, four), iv.skip_loop(model, 4)),
+        (iv.clamp_gate(model, np.float32(0.25), four, np.int64(1), two), iv.clamp_gate(model, 0.25, 4, 1, 2)),
+    ]
+    for ours, expected in pairs:
+        with ours:
+            found = model(IDS)
+            assert type(model.cfg.offset) is type(model.cfg.window) is int
+        with expected:
+            assert torch.equal(found, model(IDS))
+
+
+@pytest.mark.parametrize("changes", [{}, RANDOM_PLT], ids=["whole", "in pieces"])
+@torch.no_grad()
+def test_a_compiled_model_is_intervened_on(changes):
+    """Compiled before the block: hooks reach it, more of them than code is compiled anew for, and leave it again."""
+    model = make_model(**({"n_loops": 4, "carry_scale": 0.8} | changes))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    clean = compiled(IDS)
+    assert torch.equal(clean, model(IDS))
+    for make in (*kinds(model).values(), partial(iv.clamp_gate, model, 1), partial(iv.drop_carry, model, 2)):
+        with make():
+            found = compiled(IDS)
+            assert torch.equal(found, model(IDS))
+        assert not torch.equal(found, clean)
+        assert torch.equal(compiled(IDS), clean)
+
+
+def test_what_is_rewired():
+    """Order, offset or memory of loops; not hooks and not a changed configuration."""
+    model = plt()
+    for name, make in kinds(model).items():
+        with make():
+            offset = name == "shift_offset (3,)"
+            assert model.wiring.rewired == (offset or name.startswith(("skip", "repeat", "own"))), name
+            assert model.wiring.ongoing == 1
+            with iv.drop_carry(model):
+                assert model.wiring.ongoing == 2
+        assert not model.wiring.rewired
+        assert model.wiring.ongoing == 0
+
+
+def test_a_changed_model_is_not_saved(tmp_path):
+    """Its configuration may be another one; after the block it is saved."""
+    model = plt()
+    for make in kinds(model).values():
+        with make(), pytest.raises(ValueError, match="An intervention is going on"):
+            model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.save(tmp_path / "model")
+
+
 # -- refusals ------------------------------------------------------------------------------------------
 
 PLAIN = {"n_loops": 4}
@@ -546,6 +615,8 @@ REFUSED = [
     (PLAIN, lambda m: iv.own_memory(m, 1), "loop = 1"),
     (PLAIN, lambda m: iv.patch(m, STATES, 0), "loop = 0 .*from 1 to 4"),
     (PLAIN, lambda m: iv.patch(m, STATES, 4), "states has no 'loops.4.hook_out_pre_norm'"),
+    (PLAIN, lambda m: iv.patch(m, STATES["loops.1.hook_out_pre_norm"][0], 1), r"shape \(9, 12\): .*\[batch, pos"),
+    (PLAIN, lambda m: iv.patch(m, STATES, 1, torch.tensor([True, False])), "positions = True"),
     (PLAIN, lambda m: iv.patch(m, STATES, 1, 9), "positions = 9 .*from -9 to 8"),
     (PLAIN, lambda m: iv.patch(m, STATES, 1, [0, -10]), "positions = -10"),
     (PLAIN, lambda m: iv.patch(m, STATES["loops.1.hook_out_pre_norm"], 1, later=True), "give a cache or a dict"),
@@ -729,6 +800,20 @@ def test_patching_the_last_loop_swaps_the_prompts():
     assert iv.patching_effects(model, *texts, answers).identical(effects)
 
 
+@torch.no_grad()
+def test_a_changed_order_is_patched_by_running():
+    """The loop that is passed last need not be among the later ones, so that nothing is filled in."""
+    model = plt()
+    with iv.swap_loops(model, 2, 4):
+        effects = iv.patching_effects(model, IDS, OTHER, ANSWERS)
+        with iv.patch(model, model.run_with_cache(IDS)[1], 3, later=True):
+            logits = model(OTHER, return_type="last")
+    expected = [float(logits[row, right] - logits[row, wrong]) for row, (right, wrong) in enumerate(ANSWERS)]
+    found = effects["log_odds"].sel(direction="restores", span="later", loop=3)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert not np.allclose(found, effects["clean"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -739,6 +824,9 @@ def test_patching_the_last_loop_swaps_the_prompts():
         ((IDS, OTHER, [(1, 29)] * 3), "answer 29 is no token.* 0 to 28"),
         ((["w1 w2", "w1"], ["w1 w2", "w2"], ANSWERS[1:]), r"clean has prompts of \[1, 2\] tokens"),
         (("w1 w2", "w1 w3", ANSWERS[:1]), "list of one or more texts"),
+        ((IDS[0], OTHER[0], ANSWERS[:1]), r"clean has shape \(9,\): .*\[prompt, pos\]"),
+        ((IDS.tolist(), OTHER.tolist(), ANSWERS), r"clean must be a tensor of tokens \[prompt, pos\]"),
+        ((IDS, OTHER, [(1, 2), (3, 3), (4, 5)]), "prompt 1: right and wrong are the same token, 3"),
         ((["w1 w2"], ["w1 w3"], [("w1", "w1 w2")]), "'w1 w2' is 2 tokens"),
     ],
 )
@@ -788,7 +876,6 @@ def test_effects_are_differences_of_documents_losses(measured):
             ("carry: document mean", lambda: iv.mean_carry(model)),
             ("a loop skipped", lambda: iv.skip_loop(model, 2)),
             ("a loop repeated", lambda: iv.repeat_loop(model, 4)),
-            ("two loops swapped", lambda: iv.swap_loops(model, 2, 3)),
             ("gate at 0", lambda: iv.clamp_gate(model, 0)),
             ("gate at 1, loop 4", lambda: iv.clamp_gate(model, 1, 4)),
             ("window halved", lambda: iv.set_window(model, 1)),
@@ -813,7 +900,7 @@ def test_the_catalogue_is_whole(measured):
     """Everything at all boundaries and at each, once; what the model does not have has its reason."""
     _, effects = measured
     names = effects.data["intervention"].values.tolist()
-    assert len(names) == len(set(names)) == 40
+    assert len(names) == len(set(names)) == 39
     changes = {(row.group, row.change): [] for row in effects.table()}
     for row in effects.table():
         changes[row.group, row.change].append(row.loop)
@@ -821,7 +908,7 @@ def test_the_catalogue_is_whole(measured):
     assert changes == {
         **{("offset", f"offset {k}"): everywhere for k in (0, 2, 4)},
         **{("carry", f"carry{what}"): everywhere for what in (" dropped", ": document mean", ": other document")},
-        **{("loops", what): [None] for what in ("a loop skipped", "a loop repeated", "two loops swapped")},
+        **{("loops", what): [None] for what in ("a loop skipped", "a loop repeated")},
         **{("gate", f"gate at {value}"): everywhere for value in (0, 1)},
         ("window", "window halved"): [None],
         ("memory", "memory: own loop's"): everywhere,
@@ -833,7 +920,10 @@ def test_the_catalogue_is_whole(measured):
     ("changes", "settings", "absent", "loops"),
     [
         (OURO_LIKE, {}, {"offset 0", "gate at 0", "gate at 1", "window halved", "memory: own loop's"}, {None, 2, 3, 4}),
-        ({"window": 1}, {"n_loops": 2}, {"offset 1", "window halved", "two loops swapped"}, {None}),
+        ({"window": 1}, {"n_loops": 2}, {"offset 1", "window halved"}, {None}),
+        ({"window": 40}, {"max_tokens": 21}, {"offset 1", "window halved", "memory: own loop's"}, {None, 2, 3}),
+        ({"window": 20}, {"max_tokens": 22}, {"offset 1"}, {None, 2, 3}),
+        ({"window": 21}, {"max_tokens": 22}, {"offset 1", "memory: own loop's"}, {None, 2, 3}),
         ({}, {"batch_size": 1}, {"offset 1", "carry: other document"}, {None, 2, 3}),
     ],
 )
@@ -859,7 +949,7 @@ def test_table_and_files(measured, tmp_path):
     again = iv.Effects.load(tmp_path / "e.nc")
     assert again.data.identical(effects.data)
     assert repr(again) == repr(effects)
-    assert "40 interventions on a model made here (trained with 4 loops, run with 4): 5 documents" in repr(effects)
+    assert "39 interventions on a model made here (trained with 4 loops, run with 4): 5 documents" in repr(effects)
     about = effects.provenance
     assert about["weights_sha256"] == weights_hash(model)
     assert about["corpus_sha256"] == random_corpus(report=5).fingerprint
@@ -894,7 +984,8 @@ def test_what_intervene_refuses(measured):
     model, corpus = measured[0], random_corpus(report=5)
     cases = [
         ({"which": ["gates"]}, "'gates' is no group.*offset, carry, loops, gate, window, memory"),
-        ({"which": []}, "Nothing to intervene on"),
+        ({"which": []}, "Nothing to intervene on: which is empty"),
+        ({"which": "offset"}, "'offset' is one alone: give a list"),
         ({"n_loops": 1}, "Nothing to intervene on.*this run has one loop"),
         ({"n_loops": 0}, "n_loops = 0"),
         ({"batch_size": 0}, "batch_size 0"),
@@ -908,6 +999,13 @@ def test_what_intervene_refuses(measured):
     bare = plt()
     with pytest.raises(iv.EffectsError, match="no tokenizer"):
         iv.intervene(bare, corpus)
+
+
+def test_an_interventions_own_refusal_comes_as_it_is(measured):
+    """It says what is wrong better than a wrapping error would."""
+    narrow = iv.Intervention("mine", "narrow", None, lambda model: iv.set_window(model, 0))
+    with pytest.raises(ValueError, match=r"^window = 0"):
+        iv.intervene(measured[0], random_corpus(report=5), [narrow])
 
 
 def test_a_failing_intervention_is_named(measured):

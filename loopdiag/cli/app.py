@@ -178,9 +178,12 @@ def intervene(
     save: Annotated[Path | None, typer.Option("--save", help="Keep the effects in this file (netCDF).")] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Change a trained model in one place at a time, and measure what that does to its loss: what it relies on."""
+    """Change a trained model in one place at a time, and measure what that does to its loss: what it relies on.
+
+    It is measured on the half of the documents that a diagnosis reports on, although nothing is fitted on the other.
+    """
     with reported_errors():
-        groups = only.split(",") if only is not None else None
+        groups = [group.strip() for group in only.split(",")] if only is not None else None
         if unknown := [group for group in groups or () if group not in INTERVENTIONS]:
             raise InputError(f"--only has {unknown[0]!r}: allowed are {', '.join(INTERVENTIONS)}, with commas between.")
         if Path(model).is_file():

@@ -48,19 +48,16 @@ def _number(value: float) -> float | None:
 
 def print_effects(told: dict[str, Any]) -> None:
     """The effect of each intervention, and what it does not show, on stdout."""
+    from loopdiag.interventions.effects import FEWEST_SOURCES
+
     nll = "undefined" if told["nll"] is None else f"{told['nll']:.3f}"
     table = Table(
         title=f"{escape(told['model'])}: trained with {told['trained_loops']}, run with {told['run_loops']} loops"
         + (", beyond its training" if told["run_loops"] > told["trained_loops"] else ""),
-        caption=f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus "
-        f"{escape(told['provenance']['corpus'])}; NLL untouched {nll}. Nats per token; above 0 is worse. Helped "
-        "and harmed: taken off some tokens, added to others. Intervals are over documents; they leave out the training "
-        "seed.",
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,
         title_justify="left",
-        caption_justify="left",
     )
     table.add_column("intervention", no_wrap=True)
     for heading in ("loop", "change of the NLL [95 %]", "helped", "harmed"):
@@ -75,7 +72,22 @@ def print_effects(told: dict[str, Any]) -> None:
             _cell(row["harmed"]),
         )
     stdout.print(table)
-    for line in (*([LAWS] if any(row["group"] == "loops" for row in told["interventions"]) else []), told["caveat"]):
+    about, groups = told["provenance"], {row["group"] for row in told["interventions"]}
+    lines = [
+        f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {about['corpus']} (the half "
+        f"that a diagnosis reports on); NLL untouched {nll}. Nats per token; above 0 is worse. Helped and harmed: "
+        "taken off some tokens, added to others. Intervals are over documents; they leave out the training seed."
+    ]
+    if about["sources"] < FEWEST_SOURCES:
+        lines.append(
+            f"The documents come from {about['sources']} source{'s' * (about['sources'] > 1)}: with fewer than "
+            f"{FEWEST_SOURCES}, the intervals say little and come out too small."
+        )
+    if "carry" in groups:
+        lines.append("The document mean of the carries is over later tokens, too.")
+    if "loops" in groups:
+        lines.append(LAWS)
+    for line in (*lines, told["caveat"]):
         stdout.print(line, markup=False, highlight=False)
 
 

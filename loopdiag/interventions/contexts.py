@@ -2,19 +2,25 @@
 
 Each takes the model first, refuses at once what cannot be, changes every run inside its `with` block, and leaves the
 model as it was, also when the block raises. They nest in any number: of two that set the same thing the inner one
-wins, and what they do to states they do one after the other, the outer one first. Hooks of the user stay and fire in
-the order in which they were placed. `loop=None` is every loop where an intervention applies, however many a run has.
+wins, and what they do to states they do one after the other, the outer one first. Each restores what it found, so they
+must be left in the reverse order of entering, as `with` does. Hooks of the user stay and fire in the order in which
+they were placed. `loop=None` is every loop where an intervention applies, however many a run has.
 
-An intervention on one loop goes with the loop's name. It does nothing in a run that does not reach this loop.
+An intervention on one loop goes with the loop's name. In a run that does not reach this loop it does nothing, but for
+`skip_loop`, `repeat_loop` and `swap_loops`, which raise.
+
+A model that went through `torch.compile` runs its loops uncompiled while an intervention is going on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,14 +41,13 @@ def shift_offset(model: LoopedLM, k: int, loop: int | None = None) -> Block:
     Args:
         model: The model.
         k: Offset in tokens, >= 0; the model's own changes nothing.
-        loop: The loop whose carry is shifted otherwise, 2 or later; None is every loop (also the random initial state
-            of models that have one).
+        loop: The loop whose carry is shifted otherwise, 2 or later; None is every loop, and with them the random
+            initial state of models that have one, on its way into loop 1.
 
     Raises:
         ValueError: `k` or `loop` out of range.
     """
-    _within("k", k, 0)
-    _check_loop(model, loop)
+    k, loop = _within("k", k, 0), _check_loop(model, loop)
     if loop is None:
         return _changed(model, lambda cfg, wiring: (replace(cfg, offset=k), replace(wiring, offsets={})))
     return _changed(model, lambda cfg, wiring: (cfg, replace(wiring, offsets={**wiring.offsets, loop: k})))
@@ -120,7 +125,7 @@ def skip_loop(model: LoopedLM, loop: int) -> Block:
         ValueError: `loop` is below 2 (loop 1 is what the others build on) or unknown; within the block, a run that
             does not reach it.
     """
-    _check_loop(model, loop, allow_all=False)
+    loop = _one_loop(model, loop)
     return _reordered(model, (loop,), lambda order: [name for name in order if name != loop])
 
 
@@ -133,7 +138,7 @@ def repeat_loop(model: LoopedLM, loop: int) -> Block:
         ValueError: `loop` is below 2 (loop 1 is what the others build on) or unknown; within the block, a run that
             does not reach it.
     """
-    _check_loop(model, loop, allow_all=False)
+    loop = _one_loop(model, loop)
     return _reordered(model, (loop,), lambda order: [n for name in order for n in ([name] * (1 + (name == loop)))])
 
 
@@ -145,8 +150,7 @@ def swap_loops(model: LoopedLM, a: int, b: int) -> Block:
         ValueError: One is below 2 (loop 1 is what the others build on) or unknown, or both are the same; within the
             block, a run that does not reach them.
     """
-    _check_loop(model, a, "a", allow_all=False)
-    _check_loop(model, b, "b", allow_all=False)
+    a, b = _one_loop(model, a, "a"), _one_loop(model, b, "b")
     if a == b:
         raise ValueError(f"a = {a} and b = {b} are the same loop: give two of 2 to {len(model.loops)}.")
     swapped = {a: b, b: a}
@@ -169,22 +173,23 @@ def clamp_gate(
         ValueError: The model has no gate, or an argument is out of range.
     """
     _require_memory(model, "gate")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"value = {value!r} is not allowed: it must be a number from 0 to 1.")
-    _check_loop(model, loop)
+    number, loop = float(value), _check_loop(model, loop)
     for name, given, count in (("layer", layer, model.cfg.n_layers), ("head", head, model.cfg.n_heads)):
         if given is not None:
             _within(name, given, 0, count - 1)
 
     def clamp(gate: Tensor) -> Tensor:
         if head is None:
-            return torch.full_like(gate, value)
+            return torch.full_like(gate, number)
         gate = gate.clone()
-        gate[..., head] = value
+        gate[..., head] = number
         return gate
 
     layers = range(model.cfg.n_layers) if layer is None else (layer,)
-    return _placed(model, loop, {f"blocks.{layer}.attn.hook_gate": clamp for layer in layers})
+    edits: dict[str, Edit] = {f"blocks.{layer}.attn.hook_gate": clamp for layer in layers}
+    return _placed(model, loop, lambda r: edits)
 
 
 def set_window(model: LoopedLM, window: int) -> Block:
@@ -194,7 +199,7 @@ def set_window(model: LoopedLM, window: int) -> Block:
         ValueError: The model has no sliding window, or `window` is below 1.
     """
     _require_memory(model, "sliding window")
-    _within("window", window, 1)
+    window = _within("window", window, 1)
     return _changed(model, lambda cfg, wiring: (replace(cfg, window=window), wiring))
 
 
@@ -206,7 +211,7 @@ def own_memory(model: LoopedLM, loop: int | None = None) -> Block:
             past.
     """
     _require_memory(model, "shared memory")
-    _check_loop(model, loop)
+    loop = _check_loop(model, loop)
 
     def change(cfg: LoopedConfig, wiring: Wiring) -> tuple[LoopedConfig, Wiring]:
         loops = None if loop is None or wiring.own_memory is None else wiring.own_memory | {loop}
@@ -219,7 +224,7 @@ def patch(
     model: LoopedLM,
     states: LoopCache | Mapping[str, Tensor] | Tensor,
     loop: int,
-    positions: int | Sequence[int] | None = None,
+    positions: int | Sequence[int] | Tensor | np.ndarray | None = None,
     later: bool = False,
 ) -> Block:
     """Put the states of another run in the place of Y, the raw output of a loop (`loops.{r}.hook_out_pre_norm`).
@@ -236,20 +241,23 @@ def patch(
         later: Patch all later loops of a run as well.
 
     Raises:
-        ValueError: `loop` or a position is out of range, or states are missing; within the block, a run whose states
-            have another shape, or has more loops than `states` where `later` is asked for.
+        ValueError: `loop` or a position is out of range, or states are missing or no [batch, pos, d_model]; within the
+            block, a run whose states have another shape, or has more loops than `states` where `later` is asked for.
     """
-    _check_loop(model, loop, least=1, allow_all=False)
+    loop = _one_loop(model, loop, least=1)
     if isinstance(states, Tensor):
         if later:
             raise ValueError("later=True patches several loops: give a cache or a dict of their states, not a tensor.")
         states = {_raw(loop): states}
     if _raw(loop) not in states:
         raise ValueError(f"states has no {_raw(loop)!r}: cache it, run_with_cache(ids, names_filter=[{_raw(loop)!r}]).")
-    length = states[_raw(loop)].shape[1]
-    chosen = [positions] if isinstance(positions, int) else range(length) if positions is None else list(positions)
-    for position in chosen:
-        _within("positions", position, -length, length - 1)
+    shape = tuple(states[_raw(loop)].shape)
+    if len(shape) != 3:
+        raise ValueError(f"states have shape {shape}: they must be [batch, pos, d_model].")
+    if isinstance(positions, Tensor | np.ndarray):
+        positions = positions.tolist()
+    given = range(shape[1]) if positions is None else positions if isinstance(positions, Iterable) else [positions]
+    chosen = [_within("positions", position, -shape[1], shape[1] - 1) for position in given]
 
     def hook(r: int) -> Edit:
         def put(raw: Tensor) -> Tensor:
@@ -324,21 +332,19 @@ def _place(model: LoopedLM, edits: Callable[[int], Mapping[str, Edit]]) -> Itera
             point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
 
-def _placed(model: LoopedLM, loop: int | None, edits: Mapping[str, Edit]) -> Block:
-    return _place(model, lambda r: edits if r > 1 and loop in (None, r) else {})
+def _placed(model: LoopedLM, loop: int | None, edits: Callable[[int], Mapping[str, Edit]]) -> Block:
+    return _place(model, lambda r: edits(r) if r > 1 and loop in (None, r) else {})
 
 
 def _on_carry(model: LoopedLM, loop: int | None, edit: Callable[[State, Layout, int], State]) -> Block:
-    _check_loop(model, loop)
-
     def on(r: int) -> dict[str, Edit]:
         def changed(carry: Tensor) -> Tensor:
             assert model.layout is not None  # a run is going on
             return edit(carry, model.layout, model.offset_into(r))
 
-        return {"hook_carry": changed} if r > 1 and loop in (None, r) else {}
+        return {"hook_carry": changed}
 
-    return _place(model, on)
+    return _placed(model, _check_loop(model, loop), on)
 
 
 def _reached(carry: State, layout: Layout, offset: int) -> Tensor:
@@ -358,21 +364,24 @@ def _raw(loop: int) -> str:
 # -- what is allowed ---------------------------------------------------------------------------------
 
 
-def _within(name: str, value: Any, least: int, most: int | None = None, fix: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+def _within(name: str, value: Any, least: int, most: int | None = None, fix: str = "") -> int:
+    """The value as an int, once it is known to be one and in range."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
         allowed = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
         raise ValueError(f"{name} = {value!r} is not allowed: it must be {allowed}.{fix}")
+    return int(value)
 
 
-def _check_loop(
-    model: LoopedLM, loop: int | None, name: str = "loop", *, least: int = 2, allow_all: bool = True
-) -> None:
-    if loop is None and allow_all:
-        return
+def _check_loop(model: LoopedLM, loop: int | None) -> int | None:
+    return None if loop is None else _one_loop(model, loop)
+
+
+def _one_loop(model: LoopedLM, loop: int, name: str = "loop", least: int = 2) -> int:
     most = len(model.loops)
     if most < least:
         raise ValueError(f"{name} = {loop!r}: this model has one loop. Run more: model.ensure_loops(2), n_loops=2.")
-    _within(name, loop, least, most, f" For a later loop, model.ensure_loops({name}) first.")
+    return _within(name, loop, least, most, f" For a later loop, model.ensure_loops({name}) first.")
 
 
 def _require_memory(model: LoopedLM, part: str) -> None:

@@ -25,6 +25,7 @@ from loopdiag.model.decoder import LoopedLM
 from loopdiag.results import Result, about_machine, about_model
 
 SCHEMA = 1
+FEWEST_SOURCES = 5  # fewer cannot say how much sources differ
 GROUPS = ("offset", "carry", "loops", "gate", "window", "memory")
 OFFSETS = (0, 1, 2, 4)
 CAVEAT = (
@@ -63,19 +64,25 @@ class Intervention:
 
 
 def catalogue(
-    model: LoopedLM, n_loops: int | None = None, groups: Sequence[str] = GROUPS, *, alone: bool = False
+    model: LoopedLM,
+    n_loops: int | None = None,
+    groups: Sequence[str] = GROUPS,
+    *,
+    alone: bool = False,
+    longest: int | None = None,
 ) -> tuple[list[Intervention], dict[str, str]]:
     """Every intervention that makes sense for a model, and those that do not, each with the reason.
 
     Offset, carry, gate and memory are changed at all loops from 2 on and at each of them alone. All loops share their
-    weights, so which loop is skipped or repeated does not matter, and swapping two of them changes nothing: each is
-    there once.
+    weights, so which loop is skipped or repeated does not matter: each is there once. Swapping two changes nothing and
+    is left out.
 
     Args:
         model: The model.
         n_loops: Loops of the run; the trained number when None.
         groups: Those of `GROUPS` that are asked for.
         alone: Whether documents are run one by one, so that none has another one's carry.
+        longest: Tokens of the longest document, where it is known: a window that sees all of it is none.
     """
     cfg = model.cfg
     n_loops = cfg.n_loops if n_loops is None else n_loops
@@ -104,14 +111,20 @@ def catalogue(
     add("carry", "carry: other document", contexts.other_carry, why_not=no_other, where=everywhere)
     add("loops", "a loop skipped", partial(contexts.skip_loop, loop=n_loops), why_not=None)
     add("loops", "a loop repeated", partial(contexts.repeat_loop, loop=n_loops), why_not=None)
-    few = "this run has two loops, and loop 1 stays in its place" if n_loops == 2 else None
-    add("loops", "two loops swapped", partial(contexts.swap_loops, a=n_loops - 1, b=n_loops), why_not=few)
     for value in (0, 1):
         gate = partial(contexts.clamp_gate, value=value)
         add("gate", f"gate at {value}", gate, why_not=apart, where=everywhere)
+
+    def all_in(window: int) -> bool:
+        return longest is not None and longest - 1 <= window  # the last token predicts nothing
+
     half = cfg.window // 2
     narrow = apart or (None if half else "the window sees one token")
+    if all_in(half):
+        narrow = narrow or f"no document goes beyond the halved window of {half} tokens"
     add("window", "window halved", partial(contexts.set_window, window=half), why_not=narrow)
+    if all_in(cfg.window):
+        apart = apart or f"no document goes beyond the window of {cfg.window} tokens, so it would be the gate at 0"
     add("memory", "memory: own loop's", contexts.own_memory, why_not=apart, where=everywhere)
     return found, absent
 
@@ -154,6 +167,8 @@ class Effects(Result):
     def table(self, seed: int = 0) -> list[Effect]:
         """One row for each intervention; the intervals leave out the training seed.
 
+        With documents of fewer than five sources (`FEWEST_SOURCES`) they say little, and come out too small.
+
         Args:
             seed: Of the bootstrap.
         """
@@ -191,8 +206,10 @@ def intervene(
 ) -> Effects:
     """Measure what interventions do to the final NLL of a model, document by document.
 
-    Each batch of the corpus' `report` documents is run once untouched and once with each intervention. The effects show
-    what the trained model relies on, not what training without it would give.
+    Each batch of the corpus' `report` documents is run once untouched and once with each intervention. Nothing is
+    fitted here, so the `fit` documents could be measured, too; they are left out so that the numbers are of the same
+    documents as a diagnosis. The effects show what the trained model relies on, not what training without it would
+    give.
 
     Args:
         model: A model with a tokenizer.
@@ -209,6 +226,7 @@ def intervene(
     Raises:
         ValueError: `n_loops` or `batch_size` below 1.
         EffectsError: An unknown name, nothing left to do, no tokenizer, `max_tokens` beyond the model, or no documents.
+        RuntimeError: A run failed, named with its intervention; a ValueError of an intervention comes as it is.
     """
     cfg = model.cfg
     n_loops = cfg.n_loops if n_loops is None else n_loops
@@ -221,7 +239,7 @@ def intervene(
     if not corpus.report:
         raise EffectsError(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
     documents = tokenize(corpus.report, model.tokenizer, max_tokens)
-    chosen, absent = _chosen(model, n_loops, which, alone=min(batch_size, len(documents)) == 1)
+    chosen, absent = _chosen(model, n_loops, which, documents, alone=min(batch_size, len(documents)) == 1)
     tell = progress or (lambda what, done, of: None)
 
     runs: list[tuple[str, Make]] = [("the untouched run", lambda _: nullcontext())]
@@ -236,6 +254,8 @@ def intervene(
             try:
                 with make(model):
                     nll = _token_nll(model(ids, mask, n_loops=n_loops, seed=seed), ids, predicts)
+            except ValueError:
+                raise
             except Exception as error:
                 raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
             if untouched is None:
@@ -258,6 +278,7 @@ def intervene(
         "corpus": corpus.name,
         "corpus_sha256": corpus.fingerprint,
         "documents": len(documents),
+        "sources": len({document.source for document in documents}),
         "documents_cut": sum(document.cut for document in documents),
         "documents_too_short": len(corpus.report) - len(documents),
         "tokens": sum(len(document.input_ids) - 1 for document in documents),
@@ -270,14 +291,25 @@ def intervene(
 
 
 def _chosen(
-    model: LoopedLM, n_loops: int, which: Sequence[str | Intervention] | None, alone: bool
+    model: LoopedLM,
+    n_loops: int,
+    which: Sequence[str | Intervention] | None,
+    documents: Sequence[TokenDocument],
+    alone: bool,
 ) -> tuple[list[Intervention], dict[str, str]]:
     """The interventions to run, and those of the catalogue that this model does not have."""
     which = GROUPS if which is None else which
+    if isinstance(which, str | Intervention):
+        raise EffectsError(f"which = {which!r} is one alone: give a list of groups or interventions.")
+    if not which:
+        raise EffectsError(
+            f"Nothing to intervene on: which is empty. Give some of {', '.join(GROUPS)}, or None for all."
+        )
     groups = [entry for entry in which if not isinstance(entry, Intervention)]
     if unknown := [group for group in groups if group not in GROUPS]:
         raise EffectsError(f"{unknown[0]!r} is no group of interventions: there are {', '.join(GROUPS)}.")
-    chosen, absent = catalogue(model, n_loops, groups, alone=alone)
+    longest = max(len(document.input_ids) for document in documents)
+    chosen, absent = catalogue(model, n_loops, groups, alone=alone, longest=longest)
     chosen += [entry for entry in which if isinstance(entry, Intervention)]
     if not chosen:
         reasons = sorted(set(absent.values()))

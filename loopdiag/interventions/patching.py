@@ -47,10 +47,11 @@ def patching_effects(
         nats. Direction `"restores"` puts clean states into the corrupted prompt, `"breaks"` corrupted ones into the
         clean prompt. Span `"loop"` patches this loop alone, `"later"` this one and all later ones. `clean` and
         `corrupted`, by prompt, are the same of the untouched runs. With all positions, the last loop gives the other
-        prompt's value.
+        prompt's value, and so does every `"later"`, which is filled in without a run.
 
     Raises:
-        ValueError: Prompts that differ in number or tokens, an answer that is not one token, or unknown `positions`.
+        ValueError: Prompts that differ in number or tokens or are of no known kind, an answer that is not one token,
+            two answers that are the same token, or unknown `positions`.
     """
     if positions not in ("all", "each"):
         raise ValueError(f"positions = {positions!r} is not allowed: use 'all' or 'each'.")
@@ -76,8 +77,13 @@ def patching_effects(
     places = [None] if positions == "all" else list(range(length))
     directions = {"restores": ("clean", "corrupted"), "breaks": ("corrupted", "clean")}
     values = np.empty((2, 2, n_loops, len(places), count))
+    # A changed order may put a loop last that is not among the later ones.
+    settled = positions == "all" and model.wiring.order is None
     for d, (source, into) in enumerate(directions.values()):
         for s, later in enumerate((False, True)):
+            if later and settled:
+                values[d, s] = log_odds(runs[source][0])
+                continue
             for loop in loops:
                 for p, place in enumerate(places):
                     with patch(model, runs[source][1], loop, place, later):
@@ -97,9 +103,11 @@ def patching_effects(
 def _tokens(model: LoopedLM, prompts: Prompts, name: str) -> Int[Tensor, "prompt pos"]:
     device = model.embed.weight.device
     if isinstance(prompts, Tensor):
+        if prompts.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(prompts.shape)}: tokens must be a tensor [prompt, pos].")
         return prompts.to(device)
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"{name} must be a tensor of tokens, or a list of one or more texts.")
+    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{name} must be a tensor of tokens [prompt, pos], or a list of one or more texts.")
     rows = _tokenizer(model)(list(prompts))["input_ids"]
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"{name} has prompts of {sorted({len(row) for row in rows})} tokens: all must have as many.")
@@ -109,9 +117,11 @@ def _tokens(model: LoopedLM, prompts: Prompts, name: str) -> Int[Tensor, "prompt
 def _pairs(model: LoopedLM, answers: Answers, count: int) -> Int[Tensor, "prompt 2"]:
     if len(answers) != count or any(len(pair) != 2 for pair in answers):
         raise ValueError(f"answers has {len(answers)} entries: give a pair (right, wrong) for each of {count} prompts.")
-    return torch.tensor(
-        [[_token(model, answer) for answer in pair] for pair in answers], device=model.embed.weight.device
-    )
+    pairs = [[_token(model, answer) for answer in pair] for pair in answers]
+    for number, (right, wrong) in enumerate(pairs):
+        if right == wrong:
+            raise ValueError(f"answers of prompt {number}: right and wrong are the same token, {right}.")
+    return torch.tensor(pairs, device=model.embed.weight.device)
 
 
 def _token(model: LoopedLM, answer: int | str) -> int:

@@ -74,10 +74,10 @@ class Past:
 
         return joined
 
-    def before(self, loop: int, carry: State, offset: int) -> State:
-        """The last `offset` carries into `loop` of the tokens that go before; those of `carry` take their place."""
-        old = self._carries.get(loop, carry.new_zeros(len(carry), offset, carry.shape[2]))
-        self._carries[loop] = torch.cat((old, carry), dim=1)[:, carry.shape[1] :].clone()
+    def before(self, turn: int, carry: State, offset: int) -> State:
+        """The last `offset` carries of earlier tokens into the pass at `turn`; those of `carry` take their place."""
+        old = self._carries.get(turn, carry.new_zeros(len(carry), offset, carry.shape[2]))
+        self._carries[turn] = torch.cat((old, carry), dim=1)[:, carry.shape[1] :].clone()
         return old
 
     @property

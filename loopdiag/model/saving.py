@@ -26,9 +26,11 @@ def save(model: LoopedLM, folder: str | os.PathLike[str], dtype: torch.dtype | s
     model when None.
 
     Raises:
-        InputError: The folder holds weights in several files, which would go on being read; or `dtype` is none that
-            models run in.
+        InputError: The folder holds weights in several files, which would go on being read; `dtype` is none that
+            models run in; or an intervention is going on, which may have changed the configuration.
     """
+    if model.wiring.ongoing:
+        raise InputError("An intervention is going on: save the model outside the with block that changes it.")
     stored, target = as_dtype(dtype or model.embed.weight.dtype), Path(folder)
     if (target / INDEX).exists():
         raise InputError(f"{target} holds a model in several files ({INDEX}): give another folder.")
