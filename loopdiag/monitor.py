@@ -145,6 +145,7 @@ class LoopMonitor(TrainerCallback):
         self.batches = _as_batches(documents)
         self.every, self.n_loops, self.record = every, n_loops, record
         self._log: Callable[[dict[str, float]], None] | None = None
+        self._last: int | None = None  # the update of the last look
 
     def attach(self, trainer: Trainer) -> LoopMonitor:
         """Watch a Trainer, and log as it does; instead of `callbacks=[...]`."""
@@ -163,6 +164,9 @@ class LoopMonitor(TrainerCallback):
                 "LoopMonitor(...).attach(trainer) instead of callbacks=[...].",
                 ", ".join(args.report_to),
             )
+        # A run that goes on has the looks of before in its history.
+        before = (int(entry["step"]) for entry in reversed(state.log_history) if self._is_look(entry))
+        self._last = next(before, None)
         self._look(state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -178,9 +182,9 @@ class LoopMonitor(TrainerCallback):
 
     def _look(self, state: TrainerState, control: TrainerControl, *, model: Module, **kwargs: Any) -> None:
         """Measure and log, unless there was a look at this step."""
-        looks = (entry["step"] for entry in reversed(state.log_history) if self._is_look(entry))
-        if not state.is_world_process_zero or next(looks, None) == state.global_step:
+        if not state.is_world_process_zero or self._last == state.global_step:
             return
+        self._last = state.global_step
         numbers = _look(model, self.batches, self.measures, self.n_loops, self.record)
         if self._log is None:
             epoch = {} if state.epoch is None else {"epoch": state.epoch}
@@ -191,7 +195,8 @@ class LoopMonitor(TrainerCallback):
         control.should_log = should_log  # the Trainer takes the loss as logged, too
 
     def _is_look(self, entry: dict[str, Any]) -> bool:
-        return any(name.startswith("loop_") and name.partition("/")[2] in self.measures for name in entry)
+        named = {name.partition("/")[2] for name in entry if name.startswith("loop_")}
+        return named == set(self.measures)
 
 
 def _checked(measures: Sequence[str], n_loops: int | None, record: Recorder | None) -> tuple[str, ...]:

@@ -69,5 +69,7 @@ def _print_notes(diagnoses: list[Diagnosis]) -> None:
 
     if len({diagnosis.provenance["corpus_sha256"] for diagnosis in diagnoses}) > 1:
         note("the diagnoses are of different documents: lines in one figure differ by them, too")
+    elif len({(diagnosis.provenance["tokens"], diagnosis.provenance["max_tokens"]) for diagnosis in diagnoses}) > 1:
+        note("the diagnoses read the documents in different tokens: nats per token do not compare")
     for name, why in plots.left_out(diagnoses).items():
         note(f"no figure {name}: {why}")

@@ -73,8 +73,9 @@ def gate(diagnosis: Diagnosis, *, figure: FigureBase | None = None) -> np.ndarra
             (left, by_layer, np.arange(by_layer.sizes["layer"])),
             (right, by_position, np.arange(by_position.sizes["position"])),
         ):
-            lines_by_loop(ax, values, x)
-            ax.axhline(0.5, color=GREY, linestyle=":", linewidth=1.0, zorder=1)
+            lines_by_loop(ax, values, x, about["trained_loops"])
+            ax.axhline(0.5, color=GREY, linestyle=":", linewidth=1.0, zorder=1, label="start of training")
+            ax.set_ylim(0, 1)
             ax.set_ylabel("gate\n(weight of the global branch)")
         left.set_xlabel("layer (from 0)")
         left.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))

@@ -58,5 +58,6 @@ def exit_rules(diagnosis: Diagnosis, *, price: float = 0.01, ax: Axes | None = N
             Line2D([], [], linestyle="none", label="chosen", color=GREY, **RING),
         ]
         legend(ax, handles, title=short(about["model"]))
-        note(ax, intervals(about["documents"]), f"Chosen on the fit documents, at the price {price:g}.")
+        beyond = [f"Trained with {about['trained_loops']} loops."] if found.always.beyond.any() else []
+        note(ax, intervals(about["documents"]), f"Chosen on the fit documents, at the price {price:g}.", *beyond)
     return ax

@@ -37,7 +37,8 @@ from loopdiag.plots.parts import (
 from loopdiag.summary import ByLoop, by_loop, labels
 
 MARKERS = "osD^vP*X<>"
-_REFERENCE: Style = {"linestyle": ":", "linewidth": 1.0, "marker": "."}
+# A dash as wide as two markers and above them: where the two coincide, both are seen.
+_REFERENCE: Style = {"linestyle": ":", "linewidth": 1.0, "marker": "_", "markersize": 11, "zorder": 3}
 _SECOND: Style = {"linestyle": "--", "linewidth": 1.0, "marker": "."}
 _LEVEL: Style = {"color": GREY, "linestyle": ":", "linewidth": 1.0}
 

@@ -157,6 +157,11 @@ def figure_legend(figure: FigureBase, handles: Sequence[Artist], title: str) -> 
     figure.legend(handles=list(handles), title=title, ncols=columns, **place)
 
 
+def starred(text: str, beyond: bool) -> str:
+    """The text, with a star where it is of a loop beyond training."""
+    return f"{text}* ({BEYOND})" if beyond else text
+
+
 def short(model: str) -> str:
     """A name that fits; of a long path, the end says most."""
     return model if len(model) <= LONGEST_NAME else "…" + model[1 - LONGEST_NAME :]

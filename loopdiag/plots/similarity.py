@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.plots.parts import intervals, note, short, single
+from loopdiag.plots.parts import BEYOND, intervals, note, short, single
 from loopdiag.summary import loop_cka
 
 MOST_NUMBERS = 8  # loops, beyond which numbers would not fit into the cells
@@ -30,8 +30,9 @@ def similarity(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
         image = ax.imshow(found.mean, vmin=0, vmax=1, cmap="viridis", origin="lower")
         kept = np.arange(len(loops))[:: -(-len(loops) // 12)]
         ax.set(xlabel="loop", ylabel="loop (0: the start)", xticks=kept, yticks=kept)
-        ax.set_xticklabels(loops[kept])
-        ax.set_yticklabels(loops[kept])
+        names = [f"{loop}*" if loop > about["trained_loops"] else str(loop) for loop in loops[kept]]
+        ax.set_xticklabels(names)
+        ax.set_yticklabels(names)
         ax.set_title(short(about["model"]))
         ax.figure.colorbar(image, ax=ax, label="CKA (1: the same up to rotation)", shrink=0.8)
         if len(loops) <= MOST_NUMBERS:
@@ -40,5 +41,6 @@ def similarity(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
                 colour = "black" if value > 0.6 else "white"
                 ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
         widest = np.nanmax((found.high - found.low) / 2)
-        note(ax, intervals(about["documents"]), f"Half-widths: at most {widest:.2f}.", characters=40)
+        told = [f"*: {BEYOND}."] if loops[-1] > about["trained_loops"] else []
+        note(ax, intervals(about["documents"]), f"Half-widths: at most {widest:.2f}.", *told, characters=40)
     return ax

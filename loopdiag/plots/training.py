@@ -28,7 +28,7 @@ def emergence(
     history: Sequence[Mapping[str, Any]] | Any,
     *,
     tokens_per_update: int | None = None,
-    price: float = 0.0,
+    price: float = SMALL,
     ax: Axes | None = None,
 ) -> Axes:
     """Net gain of loops 2..R in nats per token against training: when does each loop start to pay?
@@ -55,7 +55,8 @@ def emergence(
         if not extra:
             message(ax, "no look at a loop beyond the first")
             return ax
-        ax.set_yscale("symlog", linthresh=max(SMALL, price))
+        linear = max(SMALL, price)
+        ax.set_yscale("symlog", linthresh=linear)
         ax.yaxis.set_major_formatter(PLAIN)
         scale = 1.0 if tokens_per_update is None else tokens_per_update / 1e6
         starts = pays_from(history, price)
@@ -72,8 +73,9 @@ def emergence(
             when = f"{start} updates" if tokens_per_update is None else f"{scale * (start or 0):.2f}M tokens"
             said.append(f"loop {loop} {'never' if start is None else f'at {when}'}")
         legend(ax, columns=3)
-        above = "zero" if price == 0 else f"{price:g}"
-        note(ax, f"Net gain above {above} for good (filled): {', '.join(said)}. One run, no intervals.")
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+        told = f"Net gain above the price of {price:g} for good (filled): {', '.join(said)}."
+        note(ax, told, f"One run, no intervals. Axis linear within ±{linear:g}.")
     return ax
 
 
@@ -100,7 +102,7 @@ def net_gains(history: Sequence[Mapping[str, Any]] | Any) -> dict[int, tuple[np.
     return {loop: (np.array(sorted(nets)), np.array([nets[at] for at in sorted(nets)])) for loop, nets in found.items()}
 
 
-def pays_from(history: Sequence[Mapping[str, Any]] | Any, price: float = 0.0) -> dict[int, int | None]:
+def pays_from(history: Sequence[Mapping[str, Any]] | Any, price: float = SMALL) -> dict[int, int | None]:
     """By loop, the update of the first look at which its net gain is above the price and stays so; None where none is.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -58,8 +59,8 @@ def judge(point: Point, diagnosis: Diagnosis) -> str:
 
 
 def _last(diagnosis: Diagnosis) -> int:
-    """The last loop that the model was trained with and the run has."""
-    return int(min(diagnosis.provenance["trained_loops"], diagnosis.loops[-1]))
+    """The last loop that the model was trained with and that was measured."""
+    return int(diagnosis.loops[diagnosis.loops <= diagnosis.provenance["trained_loops"]][-1])
 
 
 def _at(diagnosis: Diagnosis, name: str) -> Values:
@@ -71,21 +72,31 @@ def _at(diagnosis: Diagnosis, name: str) -> Values:
 def best_is_two(diagnoses: Sequence[Diagnosis]) -> tuple[dict[str, Estimate], str] | None:
     """NLL of each other model of a family above that of its two-loop member, each at its trained loops.
 
-    Paired by document. None where no two-loop model is among several models of different loop counts on the same
-    documents.
+    Paired by document. None where no two-loop model is among several models that differ in nothing but the loop count,
+    read on the same tokens: nats per token of other tokens, or of other models, do not compare.
     """
     ends = {}
     for name, diagnosis in zip(labels(diagnoses), diagnoses, strict=True):
         trained = diagnosis.provenance["trained_loops"]
         if "nll_exit" in diagnosis.data and trained in diagnosis.loops:
-            ends[name] = (trained, diagnosis.provenance["corpus_sha256"], _at(diagnosis, "nll_exit")(trained))
+            ends[name] = (trained, _kin(diagnosis), _at(diagnosis, "nll_exit")(trained))
     two = [end for end in ends.values() if end[0] == 2]
     same = len({end[1] for end in ends.values()}) == 1 and len({end[0] for end in ends.values()}) == len(ends)
-    if len(two) != 1 or len(ends) < 2 or not same:
+    if len(two) != 1 or len(ends) < 2 or not same or two[0][1] is None:
         return None
     above = {name: estimate(nll - two[0][2]) for name, (trained, _, nll) in ends.items() if trained != 2}
     both = Estimate(*(np.array([getattr(each, part) for each in above.values()]) for part in ("mean", "low", "high")))
     return above, verdict(both)
+
+
+def _kin(diagnosis: Diagnosis) -> str | None:
+    """What members of a family share when they are read on the same tokens; None of a model that is not known."""
+    about = diagnosis.provenance
+    if about["config"] is None:
+        return None
+    shared = {key: value for key, value in about["config"].items() if key != "n_loops"}
+    read = {key: about[key] for key in ("corpus_sha256", "documents", "tokens", "max_tokens")}
+    return json.dumps(shared | read, sort_keys=True)
 
 
 def _verdicts(names: Sequence[str], diagnoses: Sequence[Diagnosis]) -> list[str]:

@@ -17,20 +17,19 @@ _BY_LOOP = ("mean", "low", "high", "extrapolated", "below_noise")
 
 
 def tables(diagnoses: Sequence[Diagnosis]) -> dict[str, bytes]:
-    """CSV files by name: every measure by loop, the paper's Table 3, and the exit rules where they were measured.
+    """CSV files by name: every measure by loop, the paper's Table 3, the exit rules; those that would be empty are not.
 
     Numbers have five digits; what is undefined is empty. `low` and `high` are 95 % over documents. Utilities and chosen
     thresholds are those at the usual price.
     """
     named = list(zip(labels(diagnoses), diagnoses, strict=True))
+    ends = [f"{name}{end}" for name in ("loops", "nll", "utility") for end in ("", "_low", "_high")]
     found = {
-        "summary.csv": _csv(("model", "measure", "unit", "loop", *_BY_LOOP), _measures(named)),
-        "refinement_shares.csv": _csv(("model", "measure", "loop", "share", *_BY_LOOP[1:]), _shares(named)),
+        "summary.csv": (("model", "measure", "unit", "loop", *_BY_LOOP), list(_measures(named))),
+        "refinement_shares.csv": (("model", "measure", "loop", "share", *_BY_LOOP[1:]), list(_shares(named))),
+        "exit_rules.csv": (("model", "rule", "threshold", *ends, "published", "chosen"), list(_rules(named))),
     }
-    if any("exit_rule_nll_fit" in diagnosis.data for diagnosis in diagnoses):
-        ends = [f"{name}{end}" for name in ("loops", "nll", "utility") for end in ("", "_low", "_high")]
-        found["exit_rules.csv"] = _csv(("model", "rule", "threshold", *ends, "published", "chosen"), _rules(named))
-    return found
+    return {name: _csv(header, rows) for name, (header, rows) in found.items() if rows}
 
 
 def _measures(named: Iterable[tuple[str, Diagnosis]]) -> Iterator[list[Any]]:
@@ -55,12 +54,14 @@ def _rows(curve: ByLoop) -> Iterator[list[Any]]:
 
 def _rules(named: Iterable[tuple[str, Diagnosis]]) -> Iterator[list[Any]]:
     for model, diagnosis in named:
-        if "exit_rule_nll_fit" not in diagnosis.data:
+        if "exit_rule_nll_fit" not in diagnosis.data or len(diagnosis.loops) < 2:
             continue
         found = exit_trade_off(diagnosis)
         for rule in (*found.rules, found.oracle):
             for index, threshold in enumerate(rule.threshold):
                 numbers = [each for of in (rule.loops, rule.nll, rule.utility) for each in _numbers(of, index)]
+                if rule is found.oracle:  # it knows which exit is best, not which is worth its price
+                    numbers[6:] = [""] * 3
                 marks = [_yes(index == rule.usual), _yes(index == rule.chosen and rule is not found.oracle)]
                 yield [model, rule.name, _number(threshold), *numbers, *marks]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,22 @@ def monitored(held_out: np.ndarray) -> list[Batch]:
     return batches
 
 
+def _claim(folder: Path, cfg: LoopedConfig, recipe: Recipe) -> None:
+    """Say in the folder which run it is of; refuse one of another, whose checkpoints would be taken for this one's."""
+    # What changes speed alone may change when a stopped run goes on.
+    ours = {"config": asdict(cfg), "recipe": asdict(recipe) | {"compile": None}}
+    said = folder / "run.json"
+    if said.is_file():
+        if json.loads(said.read_text()) != ours:
+            raise ValueError(f"{folder} holds another training run ({said.name} says which): give another folder.")
+    elif folder.is_dir() and get_last_checkpoint(str(folder)):
+        raise ValueError(f"{folder} holds checkpoints of an unknown training run: give another folder.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole(said) as partial:
+            partial.write_text(json.dumps(ours, indent=1) + "\n")
+
+
 def train(cfg: LoopedConfig, recipe: Recipe, stream: np.ndarray, held_out: np.ndarray, folder: Path) -> LoopedLM:
     """Train a model from scratch, or go on where an earlier call in the same folder stopped.
 
@@ -109,10 +125,11 @@ def train(cfg: LoopedConfig, recipe: Recipe, stream: np.ndarray, held_out: np.nd
         folder: Checkpoints (the last one is kept) and `log.json`, all of that.
 
     Raises:
-        ValueError: `stream` is shorter than the recipe asks for.
+        ValueError: `stream` is shorter than the recipe asks for, or the folder holds another training run.
     """
     if len(stream) < recipe.tokens:
         raise ValueError(f"The recipe asks for {recipe.tokens:,} tokens and the stream has {len(stream):,}.")
+    _claim(folder, cfg, recipe)
     model = LoopedLM(cfg)
     model.init_weights(recipe.seed)
     arguments = TrainingArguments(
