@@ -17,7 +17,7 @@ from loopdiag.plots.files import FIGURES
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(files, "_rendered", lambda figure, form: form.encode())
+    monkeypatch.setattr(files, "rendered", lambda figure, form: form.encode())
 
 
 @pytest.fixture

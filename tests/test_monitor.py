@@ -477,7 +477,7 @@ def test_the_figure_draws_what_it_is_given():
     assert "loop 2 at 1.50M tokens, loop 3 at 0.50M tokens, loop 4 never" in said
     ax = emergence(HISTORY, price=0.15)
     assert ax.get_xlabel() == "updates"
-    assert "above 0.15 for good (filled): loop 2 at 30 updates" in " ".join(ax.texts[0].get_text().split())
+    assert "above the price of 0.15 for good (filled): loop 2 at 30 updates" in " ".join(ax.texts[0].get_text().split())
     assert "no look" in emergence(history_of([(1,)])).texts[0].get_text()
     plt.close("all")
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_exit_rules_have_a_table_where_they_were_measured():
         assert sum(row["chosen"] == "true" for row in marks) == 1
         assert sum(row["published"] == "true" for row in marks) == (rule in ("latent", "kl", "entropy", "argmax"))
     (oracle,) = (row for row in told if row["rule"] == "oracle")
-    assert (oracle["threshold"], oracle["loops"]) == ("", "1.7")
+    assert (oracle["threshold"], oracle["loops"], oracle["utility"]) == ("", "1.7", "")
     assert "exit_rules.csv" not in tables([make(groups=("prediction",))])
 
 
@@ -160,6 +161,9 @@ def test_the_best_count_is_told_from_pairs_of_documents():
     assert above["plt-4"].mean == pytest.approx(0.05, abs=0.002)
     assert best_is_two(family[:1]) is None
     assert best_is_two([*family, make(2, model="another", seed=9)]) is None
+    for changes in ({"tokens": 9}, {"max_tokens": 9}, {"config": None}, {"config": {"d_model": 9}}):
+        other = family[-1].data.assign_attrs(provenance=json.dumps(family[-1].provenance | changes))
+        assert best_is_two([*family[:-1], Diagnosis(other)]) is None, changes
 
 
 # -- the page

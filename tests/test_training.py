@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,3 +96,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         assert torch.equal(finished[name], whole[name])
     log = json.loads((tmp_path / "stopped" / "log.json").read_text())
     assert len([entry for entry in log if "eval_loss" in entry]) == 2
+
+
+def test_a_folder_holds_one_training_run(tmp_path):
+    """Another budget or model would go on from its checkpoints and take its name; speed alone may change."""
+    train(TINY, SHORT, STREAM, HELD_OUT, tmp_path / "run")
+    for cfg, recipe in ((TINY, replace(SHORT, tokens=16 * 4 * 4)), (replace(TINY, n_loops=3), SHORT)):
+        with pytest.raises(ValueError, match="holds another training run"):
+            train(cfg, recipe, STREAM, HELD_OUT, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match="checkpoints of an unknown training run"):
+        train(TINY, SHORT, STREAM, HELD_OUT, tmp_path / "run")

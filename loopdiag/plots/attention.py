@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.plots.loops import lines_by_loop
 from loopdiag.plots.panels import Panel, canvas, grid, several
-from loopdiag.plots.parts import GREY, figure_legend, intervals, short
+from loopdiag.plots.parts import GREY, figure_legend, intervals, short, star
 
 BRANCHES = {"": "effective map", "_global": "global branch", "_local": "local branch"}
 
@@ -81,7 +81,8 @@ def gate(diagnosis: Diagnosis, *, figure: FigureBase | None = None) -> np.ndarra
         left.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         right.set_xlabel("position (tokens before; first of each octave)")
         right.set_xticks(np.arange(by_position.sizes["position"]), by_position["position"].values)
-        title = f"{short(about['model'])}. {intervals(about['documents'])}"
+        told = star(diagnosis.loops, about["trained_loops"])
+        title = " ".join((f"{short(about['model'])}.", intervals(about["documents"]), *told))
         figure_legend(figure, left.get_legend_handles_labels()[0], title)
     return axes
 

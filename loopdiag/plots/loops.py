@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.plots.panels import MARKERS
-from loopdiag.plots.parts import GREY, PLAIN, intervals, legend, log_axis, note, short, single, starred
+from loopdiag.plots.parts import GREY, PLAIN, intervals, legend, log_axis, note, short, single, star
 from loopdiag.summary import estimate
 
 MOST_LINES = 8
@@ -44,7 +44,7 @@ def rarefaction(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
         most = np.minimum(tokens, (about["config"] or {}).get("d_model", tokens[-1]))
         ax.plot(tokens, most, color=GREY, linestyle=":", linewidth=1.0, label="most possible")
         legend(ax, title=short(about["model"]), columns=3)
-        note(ax, intervals(about["documents"]))
+        note(ax, intervals(about["documents"]), *star(diagnosis.loops, about["trained_loops"]))
     return ax
 
 
@@ -68,6 +68,6 @@ def lines_by_loop(ax: Axes, values: xr.DataArray, x: np.ndarray, trained: int) -
             found.mean,
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
-            label=starred(f"loop {loop}", loop > trained),
+            label=f"loop {loop}{'*' if loop > trained else ''}",
         )
         ax.fill_between(x, found.low, found.high, color=colour, alpha=0.2, linewidth=0)

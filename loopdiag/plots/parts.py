@@ -157,9 +157,9 @@ def figure_legend(figure: FigureBase, handles: Sequence[Artist], title: str) -> 
     figure.legend(handles=list(handles), title=title, ncols=columns, **place)
 
 
-def starred(text: str, beyond: bool) -> str:
-    """The text, with a star where it is of a loop beyond training."""
-    return f"{text}* ({BEYOND})" if beyond else text
+def star(loops: np.ndarray, trained: int) -> list[str]:
+    """What small print says of the stars at loops beyond training, if there are any."""
+    return [f"*: {BEYOND}."] if loops[-1] > trained else []
 
 
 def short(model: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.plots.parts import BEYOND, intervals, note, short, single
+from loopdiag.plots.parts import intervals, note, short, single, star
 from loopdiag.summary import loop_cka
 
 MOST_NUMBERS = 8  # loops, beyond which numbers would not fit into the cells
@@ -41,6 +41,6 @@ def similarity(diagnosis: Diagnosis, *, ax: Axes | None = None) -> Axes:
                 colour = "black" if value > 0.6 else "white"
                 ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
         widest = np.nanmax((found.high - found.low) / 2)
-        told = [f"*: {BEYOND}."] if loops[-1] > about["trained_loops"] else []
+        told = star(loops, about["trained_loops"])
         note(ax, intervals(about["documents"]), f"Half-widths: at most {widest:.2f}.", *told, characters=40)
     return ax
