@@ -465,6 +465,14 @@ def test_when_loops_start_to_pay():
         net_gains([*HISTORY, *HISTORY])
 
 
+def test_two_monitors_of_one_training(tmp_path):
+    """Each has its own looks, at its own updates."""
+    trainer = make_trainer(tmp_path, LoopMonitor(HELD_OUT, 3), LoopMonitor(HELD_OUT, 2, ["nll_exit"]), updates=4)
+    trainer.train()
+    at = {names: [e["step"] for e in looks(trainer) if ("loop_2/gain" in e) == names] for names in (True, False)}
+    assert at == {True: [0, 3, 4], False: [0, 2, 4]}
+
+
 def test_the_figure_draws_what_it_is_given():
     """Lines of loops 2.. against tokens, filled once they pay, and the statement."""
     ax = emergence(HISTORY, tokens_per_update=50_000)
