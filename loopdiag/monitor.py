@@ -196,7 +196,7 @@ class LoopMonitor(TrainerCallback):
 
     def _is_look(self, entry: dict[str, Any]) -> bool:
         named = {name.partition("/")[2] for name in entry if name.startswith("loop_")}
-        return named == set(self.measures)
+        return bool(named) and named <= set(self.measures)  # what is undefined is not logged
 
 
 def _checked(measures: Sequence[str], n_loops: int | None, record: Recorder | None) -> tuple[str, ...]:

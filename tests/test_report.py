@@ -179,6 +179,14 @@ def test_the_page_has_a_row_for_every_point_and_a_column_for_every_model():
     assert "| token breadth | paper | 43 | 13 | 44 |" in page
 
 
+def test_the_page_judges_loops_that_were_measured():
+    """Of kept loops the last one of the training; where all are beyond it, nothing is judged."""
+    page = reproduction([make(4, at=(1, 2, 3), trained=4, model="a")])
+    assert "cannot tell" in page or "agrees" in page
+    assert judge(POINTS[2], make(16, at=(8, 16), trained=4)) == NONE
+    assert reproduction([make(16, at=(8, 16), trained=4)])
+
+
 def test_the_page_stands_without_measures_that_were_not_taken():
     page = reproduction([make(groups=("prediction",)), make(8, at=(1, 2, 8), model="b", offset=False)])
     assert "nan" not in page

@@ -59,8 +59,8 @@ def judge(point: Point, diagnosis: Diagnosis) -> str:
 
 
 def _last(diagnosis: Diagnosis) -> int:
-    """The last loop that the model was trained with and that was measured."""
-    return int(diagnosis.loops[diagnosis.loops <= diagnosis.provenance["trained_loops"]][-1])
+    """The last loop that the model was trained with and that was measured; 0 where there is none."""
+    return max((int(loop) for loop in diagnosis.loops if loop <= diagnosis.provenance["trained_loops"]), default=0)
 
 
 def _at(diagnosis: Diagnosis, name: str) -> Values:

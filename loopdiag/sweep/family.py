@@ -195,13 +195,13 @@ with one loop fewer.
 
 The same models stopped after each loop, or run beyond what they were trained with:
 
-{_table(("model", *(f"{loop} loops" for loop in LOOPS)), elsewhere)}
+{_table(("model", *(_loops(loop) for loop in LOOPS)), elsewhere)}
 
 ## Curves
 
 Loss on all {fit + reported} held-out documents against training tokens.
 
-{_table(("tokens", *(f"{n_loops} loops" for n_loops in LOOPS)), curves)}
+{_table(("tokens", *(_loops(n_loops) for n_loops in LOOPS)), curves)}
 
 ## Packages that training files came from
 
@@ -219,6 +219,10 @@ def looks(n_loops: int, recipe: Recipe, log: Sequence[dict[str, float]]) -> dict
         "documents": MONITORED,
         "log": [entry for entry in log if any(name.startswith("loop_") for name in entry)],
     }
+
+
+def _loops(count: int) -> str:
+    return f"{count} loop{'s' if count > 1 else ''}"
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
