@@ -281,11 +281,11 @@ class _View:
 
     @classmethod
     def of(cls, inputs: AttentionInputs, index: int, real: Bool[Tensor, " pos"]) -> _View:
-        heads = inputs.q.shape[2]
+        heads, unpadded = inputs.q.shape[2], bool(real.all())
 
         def cut(x: Tensor) -> Tensor:
-            x = at_least_float32(x[index, real]).transpose(0, 1)
-            return x.repeat_interleave(heads // len(x), 0)
+            x = at_least_float32(x[index] if unpadded else x[index, real]).transpose(0, 1)
+            return x if len(x) == heads else x.repeat_interleave(heads // len(x), 0)
 
         if inputs.k_global is None or inputs.gate is None:
             return cls(cut(inputs.q), cut(inputs.k), None, None, inputs.window)
