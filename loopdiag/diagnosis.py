@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,20 +120,14 @@ def diagnose(
         InputError: An unknown group of measures.
     """
     groups = chosen(measures)
-    trained, longest = _made_for(model)
+    trained, _ = _made_for(model)
     n_loops = (at[-1] if at else trained) if n_loops is None else n_loops
     if isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1:
         raise ValueError(f"n_loops = {n_loops!r} is not allowed: it must be an integer >= 1.")
     kept = kept_loops(n_loops, at)
     if isinstance(model, ForeignModel) and at is not None:
         raise DiagnosisError("at is for models of this toolkit: a ForeignModel records all loops that it runs.")
-    if model.tokenizer is None:
-        raise DiagnosisError("The model has no tokenizer: its folder holds none, so text cannot be read.")
-    if max_tokens is not None and max_tokens > longest:
-        raise DiagnosisError(f"max_tokens = {max_tokens} is beyond this model, which was made for {longest}.")
-    max_tokens = min(longest, LONGEST_DOCUMENT) if max_tokens is None else max_tokens
-    if not corpus.report:
-        raise DiagnosisError(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
+    max_tokens = checked_max_tokens(model, corpus, max_tokens, DiagnosisError)
     fit, report = (tokenize(half, model.tokenizer, max_tokens) for half in (corpus.fit, corpus.report))
     run = _Run(model, n_loops, at, batch_size, seed, groups, report, progress)
     fitted = run.fit_readouts(fit) if "readouts" in groups else None
@@ -183,7 +177,7 @@ class _Run:
     ) -> None:
         self.model, self.n_loops, self.at, self.batch_size, self.seed = model, n_loops, at, batch_size, seed
         self.groups, self.report = groups, report
-        self.rank_tokens = matched_tokens(report)
+        self.rank_tokens = matched_tokens(len(document.input_ids) for document in report)
         self.longest = max(len(document.input_ids) for document in report)
         self.token_class: tuple[Tensor, int] | None = None
         if "classes" in groups:
@@ -286,10 +280,28 @@ class _Run:
         return found
 
 
-def matched_tokens(documents: Sequence[TokenDocument]) -> int:
+def matched_tokens(lengths: Iterable[int]) -> int:
     """Tokens at which effective ranks are compared: what nine of ten documents have, at most 256."""
-    lengths = sorted(len(document.input_ids) for document in documents)
-    return min(LONGEST_RANK, lengths[len(lengths) // 10])
+    ordered = sorted(lengths)
+    return min(LONGEST_RANK, ordered[len(ordered) // 10])
+
+
+def checked_max_tokens(
+    model: LoopedLM | ForeignModel, corpus: Corpus, max_tokens: int | None, error: type[InputError]
+) -> int:
+    """Longest document in tokens, once it is sure that the model can read the corpus.
+
+    Raises:
+        InputError: No tokenizer, `max_tokens` beyond the model, or no report documents; of the class `error`.
+    """
+    if model.tokenizer is None:
+        raise error("The model has no tokenizer: its folder holds none, so text cannot be read.")
+    _, longest = _made_for(model)
+    if max_tokens is not None and max_tokens > longest:
+        raise error(f"max_tokens = {max_tokens} is beyond this model, which was made for {longest}.")
+    if not corpus.report:
+        raise error(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
+    return min(longest, LONGEST_DOCUMENT) if max_tokens is None else max_tokens
 
 
 def _made_for(model: LoopedLM | ForeignModel) -> tuple[int, int]:

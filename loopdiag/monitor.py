@@ -18,9 +18,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from loopdiag.corpus import Batch, TokenDocument
 from loopdiag.corpus import batches as in_batches
-from loopdiag.diagnosis import LONGEST_RANK
+from loopdiag.diagnosis import matched_tokens
 from loopdiag.errors import InputError
-from loopdiag.measures import GROUPS, absent, by_loop, take
+from loopdiag.measures import GROUPS, absent, is_by_loop, take
 from loopdiag.measures.attention import AttentionMeasures
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.trace import LoopTrace
@@ -75,10 +75,9 @@ def _look(
 ) -> dict[str, float]:
     bare = _unwrapped(model)
     groups = tuple(group for group in _GROUPS if set(GROUPS[group]) & set(measures))
-    lengths = sorted(int(length) for batch in batches for length in batch.attention_mask.sum(1))
-    rank_tokens = min(LONGEST_RANK, lengths[len(lengths) // 10])
+    rank_tokens = matched_tokens(int(length) for batch in batches for length in batch.attention_mask.sum(1))
     parts: list[dict[str, Tensor]] = []
-    with _undisturbed(bare):
+    with undisturbed(bare):
         for batch in batches:
             watch = AttentionMeasures(groups)
             if record is not None:
@@ -206,7 +205,7 @@ def _checked(measures: Sequence[str], n_loops: int | None, record: Recorder | No
         for group in _GROUPS
         if group != "attention" or record is None  # taken while a model of ours runs
         for name in GROUPS[group]
-        if by_loop(name)
+        if is_by_loop(name)
     ]
     if isinstance(measures, str) or not measures:
         raise InputError(f"measures = {measures!r} is not allowed: give a list of names, such as {list(MEASURES)}.")
@@ -215,7 +214,7 @@ def _checked(measures: Sequence[str], n_loops: int | None, record: Recorder | No
             of = [group for group, names in GROUPS.items() if name in names]
             if not of:
                 why = "there is no such measure"
-            elif not by_loop(name):
+            elif not is_by_loop(name):
                 why = "it is not one number for each loop"
             elif of[0] == "attention":
                 why = "attention is captured of models of this toolkit only"
@@ -254,7 +253,7 @@ def _unwrapped(model: Module) -> Module:
 
 
 @contextmanager
-def _undisturbed(model: Module) -> Iterator[None]:
+def undisturbed(model: Module) -> Iterator[None]:
     """Evaluation without gradients and autocast; afterwards all is as it was."""
     modes = {module: module.training for module in model.modules()}
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
@@ -274,4 +273,4 @@ def _undisturbed(model: Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)  # noqa: NPY002 (as above)

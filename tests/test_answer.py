@@ -13,7 +13,7 @@ import loopdiag
 from loopdiag.diagnosis import Diagnosis, diagnose
 from loopdiag.gaincost import gain_cost, recommend
 from loopdiag.gaincost.answer import answer, dumps
-from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, by_loop
+from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, is_by_loop
 
 DOCUMENTED = Path(__file__).parents[1] / "docs" / "json.md"
 
@@ -50,7 +50,7 @@ ROW = {
     "nll_exit": float,
     "gain": float,
     "cost": float,
-} | dict.fromkeys({name for name in DEFINITIONS if by_loop(name)} - {"nll_exit", "gain", "cost"}, float | None)
+} | dict.fromkeys({name for name in DEFINITIONS if is_by_loop(name)} - {"nll_exit", "gain", "cost"}, float | None)
 
 DEFAULT_NAMES = [name for group in DEFAULT_GROUPS for name in GROUPS[group]]
 
@@ -159,7 +159,7 @@ def test_answer_by_hand():
 
 def test_undefined_is_null():
     """What a loop has no value for is null at that loop only; a measure that was not taken is null at all."""
-    nowhere = {name for name in DEFINITIONS if by_loop(name)} - set(DEFAULT_NAMES)
+    nowhere = {name for name in DEFINITIONS if is_by_loop(name)} - set(DEFAULT_NAMES)
     assert nulls_of(planted([4.0, 3.5, 3.4], coda=True, exit_gate=True)) == early_nulls() | everywhere(nowhere)
     nowhere |= {"nll_lens", "exit_probability"}
     assert nulls_of(planted([4.0, 3.5, 3.4])) == early_nulls() | everywhere(nowhere)
@@ -177,7 +177,7 @@ def nulls_of(diagnosis):
 
 
 def early_nulls():
-    return {(loop, key) for key, first in FIRST_LOOP.items() if by_loop(key) for loop in range(1, first)}
+    return {(loop, key) for key, first in FIRST_LOOP.items() if is_by_loop(key) for loop in range(1, first)}
 
 
 def everywhere(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 
@@ -64,6 +65,38 @@ def test_other_documents_are_said(saved, tmp_path):
     other.save(tmp_path / "other.nc")
     result = run("figures", saved[0], tmp_path / "other.nc", "--out", tmp_path / "figures")
     assert "note: the diagnoses are of different documents" in result.stderr
+
+
+@pytest.mark.parametrize(("field", "value"), [("tokens", 801), ("max_tokens", 128), ("tokens", 800)])
+def test_other_token_counts_are_said(field, value, saved, tmp_path):
+    """Of the same documents: another tokenizer or another cut; `saved` has 800 tokens of documents of 256 at most."""
+    other = make(4, model="other", documents=8)
+    about = other.provenance
+    equal = about[field] == value
+    other.data.attrs["provenance"] = json.dumps(about | {field: value})
+    other.save(tmp_path / "other.nc")
+    result = run("figures", saved[0], tmp_path / "other.nc", "--out", tmp_path / "figures")
+    assert result.exit_code == 0
+    said = "note: the diagnoses read the documents in different tokens: nats per token do not compare"
+    assert (said in result.stderr) is not equal
+    assert "of different documents" not in result.stderr
+
+
+def test_tables_without_rows_are_not_written(tmp_path):
+    """One loop has nothing to share or to leave by; without a measure by loop alone there is no summary either."""
+    cases = {
+        "motion": (make(groups=("motion",), documents=8), ["summary.csv"]),
+        "one": (make(1, documents=8), ["summary.csv"]),
+        "rarefaction": (make(groups=("rarefaction",), documents=8), []),
+    }
+    for name, (diagnosis, tables) in cases.items():
+        out = tmp_path / name
+        diagnosis.save(tmp_path / f"{name}.nc")
+        result = run("figures", tmp_path / f"{name}.nc", "--out", out)
+        assert result.exit_code == 0, name
+        assert [file.name for file in out.glob("*.csv")] == tables, name
+        assert [line for line in result.stdout.splitlines() if line.endswith(".csv")] == [str(out / t) for t in tables]
+        assert all(len((out / table).read_text().splitlines()) > 1 for table in tables), name
 
 
 def test_wrong_input_is_refused_before_anything_is_written(saved, tmp_path):

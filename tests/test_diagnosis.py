@@ -14,13 +14,13 @@ from tiny import VOCABULARY, padded, random_corpus, word_tokenizer, words
 
 from loopdiag import diagnosis as module
 from loopdiag import interventions, plots
-from loopdiag.corpus import TOKEN_CLASSES, Corpus, CorpusError, Document, TokenDocument
+from loopdiag.corpus import TOKEN_CLASSES, Corpus, CorpusError, Document
 from loopdiag.diagnosis import Diagnosis, DiagnosisError, diagnose, matched_tokens
 from loopdiag.errors import InputError
 from loopdiag.gaincost import gain_cost, recommend
 from loopdiag.gaincost.answer import answer, dumps, loop_rows
 from loopdiag.interventions import Effects
-from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, by_loop, chosen, dimensions, take
+from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, chosen, dimensions, is_by_loop, take
 from loopdiag.measures.attention import AttentionMeasures
 from loopdiag.measures.exit_rules import ORACLE, RULES, thresholds
 from loopdiag.measures.prediction import exits
@@ -119,7 +119,7 @@ def test_dimensions_and_names(whole):
         assert values.dims == dimensions(name, values.ndim), name
         assert ("loop" in values.dims) == (name in FROM_LOOP), name
         assert values.dtype == np.float64, name
-        assert by_loop(name) == (set(values.dims) <= {"document", "loop", "layer", "head"} and "loop" in values.dims)
+        assert is_by_loop(name) == (set(values.dims) <= {"document", "loop", "layer", "head"} and "loop" in values.dims)
     sizes = {"document": 5, "loop": 5, "layer": 2, "head": 4, "loop_b": 5, "layer_b": 2, "token_class": 6}
     assert dict(data.sizes) == sizes | {"rule": 8, "setting": 10, "position": 6, "tokens": 2}
     assert data["document"].values.tolist() == [document.name for document in CORPUS.report]
@@ -293,7 +293,7 @@ def test_what_a_model_lacks_is_absent(kind, groups):
         xr.testing.assert_equal(np.isfinite(values).drop_attrs(), defined.drop_attrs())
     told = json.loads(dumps(answer(made, recommend(made))))
     assert told["absent"] == absent
-    asked = {name for group in groups for name in GROUPS[group] if by_loop(name)}
+    asked = {name for group in groups for name in GROUPS[group] if is_by_loop(name)}
     assert asked <= set(told["loops"][0])
     assert {name for name in asked if all(row[name] is None for row in told["loops"])} == asked & set(absent)
 
@@ -618,7 +618,7 @@ def test_every_measure_is_defined_once():
         assert state, name
         assert 0 < len(said) <= 100, name
         assert dimensions(name, 2)[0] in ("document", "loop", "rule"), name
-        assert by_loop(name) == (
+        assert is_by_loop(name) == (
             set(dimensions(name, 4)) <= {"document", "loop", "layer", "head"} and name in FROM_LOOP
         )
     assert set(DEFAULT_GROUPS) <= set(GROUPS)
@@ -794,8 +794,7 @@ def test_documents_are_cut_counted_and_left_out():
 )
 def test_matched_tokens(lengths, expected):
     """The length that nine of ten documents have, at most 256."""
-    documents = [TokenDocument(f"{i}", "s", (0,) * length, cut=False) for i, length in enumerate(lengths)]
-    assert matched_tokens(documents) == expected
+    assert matched_tokens(lengths) == expected
     assert sum(length >= expected for length in lengths) >= 0.9 * len(lengths)
 
 

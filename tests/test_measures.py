@@ -554,6 +554,20 @@ def test_pooled_rank_by_hand():
         PooledRank().result()
 
 
+def test_pooled_rank_is_only_looked_at():
+    """A result changes nothing: asked for again it is the same, also where a loop's states are not finite."""
+    states = torch.randn(3, 2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states[1, 0, 0, 0] = torch.inf
+    ranks = PooledRank()
+    ranks.add(trace_of(states))
+    first = ranks.result()
+    assert_all_same(ranks.result(), first)
+    for values in first.values():
+        assert values.isnan().tolist() == [False, True, False]
+    ranks.add(trace_of(states.nan_to_num(posinf=0.0)))
+    assert ranks.result()["effective_rank_pooled"].isnan().tolist() == [False, True, False]
+
+
 @given(seed=seeds, cut=st.integers(1, 5))
 @settings(calm, max_examples=6)
 @torch.no_grad()

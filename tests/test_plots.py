@@ -165,7 +165,7 @@ def test_loop_ticks_are_whole_and_loops_that_were_run(diagnosis):
                 assert set(ticks) <= set(diagnosis.loops)
 
 
-LONG = make(6, trained=4, model="/home/someone/models/looped/plt-4-step-20000")
+LONG = make(6, trained=4, model="trained/local/models/looped/plt-4-step-20000")
 
 
 @pytest.mark.parametrize(

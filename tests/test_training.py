@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from loopdiag.corpus import Batch
 from loopdiag.model import LoopedConfig, LoopedLM
 from loopdiag.sweep import sources
 from loopdiag.sweep.family import RECIPE, config
-from loopdiag.sweep.training import LoopedTrainer, Packed, Recipe, train
+from loopdiag.sweep.training import LoopedTrainer, Packed, Recipe, rows_as_batches, token_losses, train
 
 TINY = LoopedConfig(
     vocab_size=32, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_head=8, d_mlp=24, n_ctx=16, n_loops=2, window=5
 )
 SHORT = Recipe(tokens=16 * 4 * 8, sequence=16, batch_size=4, bf16=False, compile=False, evaluate_every=4)
 STREAM = np.random.default_rng(0).integers(0, 32, 4096).astype(np.uint16)
-HELD_OUT = STREAM[-64:].reshape(4, 16)
+HELD_OUT = rows_as_batches(STREAM[-64:].reshape(4, 16))
 
 
 def test_initial_weights_are_the_familys():
@@ -65,8 +66,8 @@ def test_files_that_copy_held_out_text_are_dropped(monkeypatch):
 
 def test_a_stream_that_is_too_short_is_refused(tmp_path):
     """Before anything is trained."""
-    with pytest.raises(ValueError, match="asks for 512 tokens and the stream has 100"):
-        train(TINY, SHORT, STREAM[:100], HELD_OUT, tmp_path)
+    with pytest.raises(ValueError, match="batch of the recipe has 64 tokens and the stream 60"):
+        train(TINY, SHORT, STREAM[:60], HELD_OUT, tmp_path)
 
 
 @pytest.mark.slow
@@ -107,3 +108,42 @@ def test_a_folder_holds_one_training_run(tmp_path):
     (tmp_path / "run" / "run.json").unlink()
     with pytest.raises(ValueError, match="checkpoints of an unknown training run"):
         train(TINY, SHORT, STREAM, HELD_OUT, tmp_path / "run")
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
+    """Killed while it wrote its last checkpoint, a run goes on from the one before, to the same weights."""
+    whole = train(TINY, SHORT, STREAM, HELD_OUT, tmp_path / "whole").state_dict()
+    train(TINY, SHORT, STREAM, HELD_OUT, tmp_path / "killed")
+    (last,) = (tmp_path / "killed").glob("checkpoint-*")
+    for content in (None, '{"global_step": 8', '{"global_step": 4}'):
+        state = last / "trainer_state.json"
+        state.unlink() if content is None else state.write_text(content)
+        again = train(TINY, SHORT, STREAM, HELD_OUT, tmp_path / "killed").state_dict()
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_token_losses_are_the_models_own_loss():
+    """Averaged, they are what the model calls its loss; padding has none, and dtype and mode stay."""
+    model = LoopedLM(TINY).train()
+    model.init_weights(0)
+    ids = torch.from_numpy(STREAM[:48].astype(np.int64)).reshape(3, 16)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[2, 9:] = False
+    batch = Batch(ids, mask, ("a", "b", "c"), ("a", "b", "c"))
+    losses = token_losses(model, [batch])
+    assert [len(row) for row in losses] == [15, 15, 8]
+    expected = model(ids, mask, return_type="loss").item()
+    assert np.concatenate(losses).mean() == pytest.approx(expected, rel=1e-6)
+    assert losses[2].mean() == pytest.approx(model(ids[2:, :9], return_type="loss").item(), rel=1e-5)
+    assert model.training
+
+
+def test_training_on_starts_from_given_weights(tmp_path):
+    """With a learning rate of zero a model stays what it started from; weights it lacks are fresh."""
+    given = LoopedLM(replace(TINY, memory="own"))
+    given.init_weights(7)
+    still = replace(SHORT, learning_rate=0.0)
+    model = train(TINY, still, STREAM, HELD_OUT, tmp_path, start=given.state_dict())
+    for name, weight in given.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+    assert not model.state_dict()["blocks.0.attn.gate.weight"].any()

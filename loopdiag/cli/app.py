@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from json import dumps as as_json
 from pathlib import Path
 from typing import Annotated
@@ -45,16 +46,17 @@ from loopdiag.cli.options import (
 from loopdiag.cli.output import (
     Exit,
     check_outputs,
+    json_file,
     model_facts,
     note,
     print_answer,
     print_info,
     reported_errors,
     stdout,
+    tell,
 )
 from loopdiag.cli.runs import Checkpoint, Run
 from loopdiag.errors import InputError
-from loopdiag.files import whole
 
 app = typer.Typer(
     help="How many loops are worth it? Diagnoses of looped language models, loop by loop.",
@@ -97,17 +99,14 @@ def recommend(
             raise InputError(
                 f"--price {price} is out of range: allowed is a number >= 0, in nats per token and loop. Try 0.01."
             )
-        to_json = None if json in (None, "-") else Path(json)
-        places = [Path(place).resolve() for place in (to_json, save) if place is not None]
-        if len(set(places)) < len(places) or (to_json and to_json.resolve() == Path(model).resolve()):
-            raise InputError("--json, --save and a saved diagnosis that is read must be different files.")
+        to_json = json_file(json, save, Path(model), of="--json, --save and a saved diagnosis that is read")
         check_outputs(to_json, save, folder=figures, quiet=quiet)
         checkpoint = Checkpoint(model, revision, offline, device, dtype)
         run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
         diagnosis = run.diagnosis(needs="prediction")
 
         from loopdiag import gaincost
-        from loopdiag.gaincost.answer import answer, dumps
+        from loopdiag.gaincost.answer import answer
 
         recommendation = gaincost.recommend(diagnosis, price, seed=seed)
         told = answer(diagnosis, recommendation)
@@ -117,13 +116,7 @@ def recommend(
             from loopdiag import plots
 
             plots.draw([diagnosis], [recommendation], figures)
-        if json == "-":
-            sys.stdout.write(dumps(told))
-        else:
-            if to_json:
-                with whole(to_json) as partial:
-                    partial.write_text(dumps(told), encoding="utf-8")
-            print_answer(told, recommendation)
+        tell(told, json, partial(print_answer, told, recommendation))
         raise typer.Exit(Exit.UNDETERMINED if recommendation.recommended_loops is None else Exit.ANSWERED)
 
 
@@ -188,25 +181,14 @@ def intervene(
             raise InputError(f"--only has {unknown[0]!r}: allowed are {', '.join(INTERVENTIONS)}, with commas between.")
         if Path(model).is_file():
             raise InputError(f"{model} is a file: give a model.")
-        to_json = None if json in (None, "-") else Path(json)
-        if to_json and save and to_json.resolve() == save.resolve():
-            raise InputError("--json and --save must be different files.")
+        to_json = json_file(json, save, of="--json and --save")
         check_outputs(to_json, save, quiet=quiet)
         checkpoint = Checkpoint(model, revision, offline, device, dtype)
         effects = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet).effects(groups)
-
-        from loopdiag.gaincost.answer import dumps
-
         told = effects_answer(effects, seed)
         if save:
             effects.save(save)
-        if json == "-":
-            sys.stdout.write(dumps(told))
-        else:
-            if to_json:
-                with whole(to_json) as partial:
-                    partial.write_text(dumps(told), encoding="utf-8")
-            print_effects(told)
+        tell(told, json, partial(print_effects, told))
 
 
 @app.command()

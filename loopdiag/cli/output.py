@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loopdiag.errors import InputError
+from loopdiag.files import whole
 
 if TYPE_CHECKING:
     from loopdiag.diagnosis import Diagnosis
@@ -73,6 +75,28 @@ def check_outputs(*files: Path | None, folder: Path | None = None, quiet: bool) 
             raise InputError(f"{folder} cannot be made: {nearest} is no folder that can be written to.")
         if nearest == folder.absolute() and any(folder.iterdir()) and not quiet:
             note(f"figures of the same names in {folder} will be replaced")
+
+
+def json_file(json: str | None, *others: Path | None, of: str) -> Path | None:
+    """The file that --json names, None where it names none; refused where it is one of the command's others, `of`."""
+    if json is None or json == "-":
+        return None
+    if Path(json).resolve() in [other.resolve() for other in others if other is not None]:
+        raise InputError(f"{of} must be different files.")
+    return Path(json)
+
+
+def tell(told: dict[str, Any], json: str | None, show: Callable[[], None]) -> None:
+    """JSON alone on stdout for `--json -`; else what `show` prints, and JSON in the file that --json names."""
+    from loopdiag.gaincost.answer import dumps
+
+    if json == "-":
+        sys.stdout.write(dumps(told))
+        return
+    if json is not None:
+        with whole(Path(json)) as partial_file:
+            partial_file.write_text(dumps(told), encoding="utf-8")
+    show()
 
 
 def note(message: str) -> None:

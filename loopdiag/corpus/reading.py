@@ -22,7 +22,7 @@ MIN_SOURCES = 4
 SOURCE_FIELDS = ("source", "repo", "path")
 RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-MAX_HUB_DOCUMENTS = 2_000
+HUB_ROWS = 2_000
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 ALLOWED = (
     "Allowed: a folder of text files, a .jsonl, .json (one object per line) or .parquet file with a "
@@ -34,7 +34,7 @@ class _BinaryFileError(CorpusError):
     """A file that is not UTF-8 text."""
 
 
-def read(data: str | os.PathLike[str], *, revision: str | None = None) -> Corpus:
+def read(data: str | os.PathLike[str], *, revision: str | None = None, rows: int = HUB_ROWS) -> Corpus:
     """Read documents and split them in two halves by source.
 
     A path that exists is read as it is, anything else that looks like a hub id is looked up on the hub:
@@ -44,13 +44,14 @@ def read(data: str | os.PathLike[str], *, revision: str | None = None) -> Corpus
     - any other file: one document, its own source.
     - a folder: every text file under it, sorted by path, without hidden ones, `__pycache__` and binary files;
       if it holds .jsonl and .parquet files only, the documents in those.
-    - `owner/name` or `name`, `:split` behind it (else `train`): the first 2,000 rows, streamed.
+    - `owner/name` or `name`, `:split` behind it (else `train`): the first `rows` rows, streamed.
 
     Empty documents and repetitions of a text are left out; how many is logged.
 
     Args:
         data: Path or hub id.
         revision: Commit, tag or branch of a hub data set; says nothing about a path.
+        rows: Rows to read of a hub data set, 2,000 unless told; likewise.
 
     Returns:
         A corpus whose halves share no source and differ by at most the size of the largest one. The split
@@ -68,7 +69,7 @@ def read(data: str | os.PathLike[str], *, revision: str | None = None) -> Corpus
     elif given and os.path.exists(path):
         name, documents = path.name, _file_documents(path, path.name, skipped)
     elif isinstance(data, str) and _looks_like_hub_id(data):
-        name, documents = data, _hub_documents(data, revision, skipped)
+        name, documents = data, _hub_documents(data, revision, rows, skipped)
     else:
         raise CorpusError(f"{given!r}: no such file or folder. {ALLOWED}. Check the path.")
 
@@ -218,13 +219,13 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         raise CorpusError(f"{name} cannot be read as parquet: {error}. Write it again or give .jsonl.") from error
 
 
-def _hub_documents(hub_id: str, revision: str | None, skipped: Counter[str]) -> Iterator[Document]:
+def _hub_documents(hub_id: str, revision: str | None, most: int, skipped: Counter[str]) -> Iterator[Document]:
     import datasets
 
     name, _, part = hub_id.partition(":")
     try:
         stream = datasets.load_dataset(name, split=part or "train", streaming=True, revision=revision)
-        rows = list(islice(stream, MAX_HUB_DOCUMENTS))
+        rows = list(islice(stream, most))
     # Network, permission, a missing split, an unknown format: each layer below raises its own kinds.
     except Exception as error:
         raise CorpusError(

@@ -11,7 +11,7 @@ from loopdiag.bootstrap import DRAWS
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.curve import gain_cost
 from loopdiag.gaincost.decision import Recommendation
-from loopdiag.measures import DEFINITIONS, by_loop
+from loopdiag.measures import DEFINITIONS, is_by_loop
 
 SCHEMA = 1
 
@@ -52,7 +52,7 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
     means = {
         name: values.mean([dim for dim in values.dims if dim != "loop"]).values
         for name, values in diagnosis.data.data_vars.items()
-        if by_loop(str(name))
+        if is_by_loop(str(name))
     }
     return [
         {
@@ -67,7 +67,7 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
                 for end in ("low", "high")
             },
             **{str(name): _number(mean[index + 1]) for name, mean in means.items()},
-            **dict.fromkeys(name for name in DEFINITIONS if by_loop(name) and name not in means),
+            **dict.fromkeys(name for name in DEFINITIONS if is_by_loop(name) and name not in means),
         }
         for index, loop in enumerate(curve.loop)
     ]

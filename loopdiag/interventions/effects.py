@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.corpus import Batch, Corpus, TokenDocument, batches, tokenize
-from loopdiag.diagnosis import LONGEST_DOCUMENT
+from loopdiag.diagnosis import checked_max_tokens
 from loopdiag.errors import InputError
 from loopdiag.interventions import contexts
 from loopdiag.model.decoder import LoopedLM
@@ -231,13 +231,7 @@ def intervene(
     cfg = model.cfg
     n_loops = cfg.n_loops if n_loops is None else n_loops
     model.ensure_loops(n_loops)
-    if model.tokenizer is None:
-        raise EffectsError("The model has no tokenizer: its folder holds none, so text cannot be read.")
-    if max_tokens is not None and max_tokens > cfg.n_ctx:
-        raise EffectsError(f"max_tokens = {max_tokens} is beyond this model, which was made for {cfg.n_ctx}.")
-    max_tokens = min(cfg.n_ctx, LONGEST_DOCUMENT) if max_tokens is None else max_tokens
-    if not corpus.report:
-        raise EffectsError(f"The corpus {corpus.name} has no report documents, so there is nothing to measure on.")
+    max_tokens = checked_max_tokens(model, corpus, max_tokens, EffectsError)
     documents = tokenize(corpus.report, model.tokenizer, max_tokens)
     chosen, absent = _chosen(model, n_loops, which, documents, alone=min(batch_size, len(documents)) == 1)
     tell = progress or (lambda what, done, of: None)

@@ -1,7 +1,7 @@
 """Measures: pure functions from a `LoopTrace` to arrays whose first dimension is the document."""
 
 from loopdiag.measures import attention, diversity, exit_rules, motion, offset, prediction, similarity
-from loopdiag.measures.definitions import DEFAULT_GROUPS, DEFINITIONS, GROUPS, by_loop, chosen, dimensions
+from loopdiag.measures.definitions import DEFAULT_GROUPS, DEFINITIONS, GROUPS, chosen, dimensions, is_by_loop
 from loopdiag.measures.taking import absent, rarefied, take
 
 __all__ = [
@@ -10,11 +10,11 @@ __all__ = [
     "GROUPS",
     "absent",
     "attention",
-    "by_loop",
     "chosen",
     "dimensions",
     "diversity",
     "exit_rules",
+    "is_by_loop",
     "motion",
     "offset",
     "prediction",

@@ -177,17 +177,17 @@ class AttentionMeasures:
         loop, layer, pairs = inputs.loop, inputs.layer, "attention_pairs" in self.groups
         if loop not in self._loops:
             self._loops.append(loop)
-        if "heads" in self.groups:
-            alike = (_of_heads(_View.of(inputs, index, real)).items() for index, real in enumerate(mask))
-            self._keep(_stacked([{name: x[1:].mean() for name, x in numbers} for numbers in alike]), loop, layer)
-        if not pairs and "attention" not in self.groups:
-            return
+        by_query = pairs or "attention" in self.groups
         earlier = self._earlier.get(layer, {}) if loop > 1 else {}
         held_against = [None] if not earlier else sorted(earlier) if pairs else [max(earlier)]
         found: dict[int | None, list[dict[str, Tensor]]] = {other: [] for other in held_against}
-        normalisers = []
+        alike, normalisers = [], []
         for index, real in enumerate(mask):  # one at a time: what is repeated for every head stays small
             now = _View.of(inputs, index, real)
+            if "heads" in self.groups:
+                alike.append({name: x[1:].mean() for name, x in _of_heads(now).items()})
+            if not by_query:
+                continue
             expected, lse = mean_under(now.q, now.everywhere, now.everywhere)
             normalisers.append(lse)
             for other in held_against:
@@ -197,13 +197,16 @@ class AttentionMeasures:
                     before = _View.of(kept, index, real), kept_lse[index]
                 numbers = _of_queries(now, expected, lse, before)
                 found[other].append({name: _over_queries(name, x, now.window) for name, x in numbers.items()})
+        if "heads" in self.groups:
+            self._keep(_stacked(alike), loop, layer)
         if "attention" in self.groups:
             self._keep(_stacked(found[held_against[-1]]), loop, layer)
         for other in earlier if pairs else ():
             numbers = _stacked(found[other])
             divergences = {name.replace("_kl", "_kl_pairs"): x for name, x in numbers.items() if "_kl" in name}
             self._keep(divergences, loop, other, layer)
-        self._earlier[layer] = (earlier if pairs else {}) | {loop: (inputs, normalisers)}
+        if by_query:
+            self._earlier[layer] = (earlier if pairs else {}) | {loop: (inputs, normalisers)}
 
     def _keep(self, found: dict[str, Tensor], *place: int) -> None:
         for name, values in found.items():
@@ -322,16 +325,16 @@ def _of_queries(
     scale = now.q.shape[-1] ** -0.5
     visible = torch.arange(1, lse.shape[1] + 1, device=lse.device)
     log_p = scale * (now.q * expected).sum(-1) - lse  # mean under p; so is the next
-    log_before = None
+    kl = None
     if before is not None:
         other, other_lse = before
         if now.nearby is None:  # else both see loop 1's keys
             expected, _ = mean_under(now.q, now.everywhere, other.everywhere)
         log_before = scale * (other.q * expected).sum(-1) - other_lse
+        kl = log_p - log_before
     first = (scale * (now.q * now.everywhere[:, :1]).sum(-1) - lse).exp()
-    kl = None if log_before is None else log_p - log_before
     everywhere = _named(-log_p, kl, first, visible)
-    if now.nearby is None or now.gate is None:
+    if now.gate is None:
         return everywhere
     inside = _inside(now, lse, before)
     # What the window does not hold, the global branch alone sees. No query before `window` has such keys.
@@ -340,7 +343,7 @@ def _of_queries(
     weight, log_gate = torch.where(far, gate, 0.0), gate.log()
     outside = torch.xlogy(weight, gate) * mass + weight * (log_p + inside["entropy_global"])
     effective_kl = None
-    if before is not None and log_before is not None and kl is not None:
+    if before is not None and kl is not None:
         gate_before = torch.ones_like(gate) if before[0].gate is None else before[0].gate
         ratio = torch.where(weight * mass > 0, log_gate - gate_before.log(), 0.0)
         effective_kl = inside["kl"] + weight * (ratio * mass + kl - inside["kl_global"])

@@ -162,7 +162,7 @@ def chosen(names: Collection[str]) -> tuple[str, ...]:
     return tuple(group for group in GROUPS if group in wanted)
 
 
-def by_loop(name: str) -> bool:
+def is_by_loop(name: str) -> bool:
     """Whether a measure has one number for each loop, after layers and heads are averaged."""
     return name not in DIMENSIONS or DIMENSIONS[name] == ("loop",)
 

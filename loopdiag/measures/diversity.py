@@ -129,11 +129,11 @@ class PooledRank:
         if self._sum is None or self._moment is None:
             raise ValueError("PooledRank: no batch was added, so there is nothing to rank.")
         # What is not finite has no spectrum.
-        lost = ~self._moment.flatten(1).isfinite().all(1)
-        self._moment[lost], self._sum[lost] = 0.0, 0.0
-        mean = self._sum / self._tokens
-        raw = torch.linalg.eigvalsh(self._moment).clamp_min(0).sqrt()
-        centred = self._moment - self._tokens * mean[:, :, None] * mean[:, None, :]
+        finite = self._moment.flatten(1).isfinite().all(1)
+        moment = self._moment.where(finite[:, None, None], 0)
+        mean = self._sum.where(finite[:, None], 0) / self._tokens
+        raw = torch.linalg.eigvalsh(moment).clamp_min(0).sqrt()
+        centred = moment - self._tokens * mean[:, :, None] * mean[:, None, :]
         spectrum = torch.linalg.eigvalsh(centred).clamp_min(0).sqrt()
         return {
             "effective_rank_pooled": _spread(raw),

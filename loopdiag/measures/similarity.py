@@ -87,9 +87,10 @@ class LayerSimilarity:
         documents = len(next(iter(self._grams.values())))
         found = torch.full((documents, *(len(loops) + 1, layers) * 2), math.nan, dtype=torch.float64)
         for document in range(documents):
-            grams = [self._grams[loop, layer][document] for loop in loops for layer in range(layers)]
-            if grams[0] is not None:
-                terms = _hsic_of(torch.stack(grams)).cpu()  # type: ignore[arg-type]
+            places = [self._grams[loop, layer][document] for loop in loops for layer in range(layers)]
+            grams = [gram for gram in places if gram is not None]  # of a document all are there, or none
+            if grams:
+                terms = _hsic_of(torch.stack(grams)).cpu()
                 found[document, 1:, :, 1:] = terms.reshape(*(len(loops), layers) * 2)
         return {"hsic_layers": found}
 

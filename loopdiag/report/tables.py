@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.measures.definitions import DEFINITIONS
+from loopdiag.measures.definitions import DEFINITIONS, is_by_loop
 from loopdiag.summary import ByLoop, Estimate, by_loop, exit_trade_off, has_shares, labels, refinement_shares
 
 _BY_LOOP = ("mean", "low", "high", "extrapolated", "below_noise")
@@ -35,8 +35,7 @@ def tables(diagnoses: Sequence[Diagnosis]) -> dict[str, bytes]:
 def _measures(named: Iterable[tuple[str, Diagnosis]]) -> Iterator[list[Any]]:
     for model, diagnosis in named:
         for name, (unit, _, _) in DEFINITIONS.items():
-            by_loop_alone = {"loop"} <= set(diagnosis.data[name].dims) if name in diagnosis.data else False
-            if by_loop_alone and set(diagnosis.data[name].dims) <= {"document", "loop", "layer", "head"}:
+            if name in diagnosis.data and is_by_loop(name):
                 yield from ([model, name, unit, *row] for row in _rows(by_loop(diagnosis, name)))
 
 

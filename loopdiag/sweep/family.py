@@ -29,7 +29,7 @@ from loopdiag.model.config import LoopedConfig
 from loopdiag.model.loading import BUNDLED, load
 from loopdiag.model.saving import save
 from loopdiag.sweep import sources
-from loopdiag.sweep.training import MONITORED, Recipe, train
+from loopdiag.sweep.training import MONITORED, Recipe, monitored, rows_as_batches, train
 
 DOCUMENTS = BUNDLED.parents[1] / "corpus" / "bundled"
 END = "<|endoftext|>"
@@ -247,7 +247,9 @@ def main() -> None:
     tokenizer, stream, held_out = prepare(arguments.work)
     recipe = replace(RECIPE, tokens=arguments.tokens, compile=not arguments.no_compile)
     for n_loops in arguments.loops:
-        model = train(config(n_loops), recipe, stream, held_out, arguments.work / f"plt-{n_loops}")
+        folder = arguments.work / f"plt-{n_loops}"
+        looked_at = rows_as_batches(held_out)
+        model = train(config(n_loops), recipe, stream, looked_at, folder, watched=monitored(held_out))
         model.tokenizer = tokenizer
         save(model, (arguments.out or BUNDLED) / f"tiny-plt-{n_loops}", dtype="bfloat16")
     if arguments.looks is not None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +65,21 @@ def package_files(package: str) -> Iterator[SourceFile]:
             yield SourceFile(package, "/".join(parts), text)
 
 
-def training_files(held_out: list[str], characters_per_package: int) -> list[SourceFile]:
-    """Training text: files of every training package in hash order, up to a limit for each package.
+def installed() -> list[str]:
+    """The training packages that are installed here: all of them in the project's own environment."""
+    return [package for package in TRAINING_PACKAGES if importlib.util.find_spec(package)]
+
+
+def training_files(
+    held_out: list[str], characters_per_package: int, packages: Sequence[str] | None = None
+) -> list[SourceFile]:
+    """Training text: files of the packages, of all training packages when None, in hash order, up to a limit for each.
 
     Files that share five lines in a row with a held-out document are dropped: packages copy from each other.
     """
     forbidden = {window for text in held_out for window in _line_windows(text)}
     chosen: list[SourceFile] = []
-    for package in TRAINING_PACKAGES:
+    for package in TRAINING_PACKAGES if packages is None else packages:
         taken = 0
         for file in sorted(package_files(package), key=lambda file: file.key):
             if taken >= characters_per_package:

@@ -1,0 +1,42 @@
+"""Held-out losses of matched models: what a sweep measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loopdiag.errors import InputError
+from loopdiag.results import Result
+
+SCHEMA = 1
+
+
+class SweepError(InputError):
+    """A sweep that cannot be run or read; the message says what was given, what is allowed and how to fix it."""
+
+
+@dataclass(frozen=True)
+class SweepLosses(Result):
+    """Losses of models that differ in nothing but loop count, offset, memory and seed, in nats per token.
+
+    Attributes:
+        data: By `seed, memory, offset, loops, document` the held-out loss `nll`, with NaN where a model is not trained
+            yet; a model with one loop stands at every offset and memory. By the same, what tokens gain and lose from
+            the next smaller loop count, `loop_helped` and `loop_harmed` (means over tokens of max(0, -d) and
+            max(0, d), d the change of a token's loss); without `offset`, what they gain and lose from the offset,
+            `offset_helped` and `offset_harmed`, at the largest offset against none. `nll_look` has the losses on the
+            way, after `look` training tokens. `learning_rate` [loops], `search_nll` [memory, offset, loops, rate] on
+            the documents to choose on, `flops` per token [memory, offset, loops] and `kv_bytes` per token. The
+            coordinate `source` gives each document's cluster.
+    """
+
+    KIND, WRITTEN_BY, SCHEMA, ERROR = "sweep", "loopdiag sweep", SCHEMA, SweepError
+
+    def __repr__(self) -> str:
+        about, nll = self.provenance, self.data["nll"]
+        trained = int(nll.notnull().all("document").sum())
+        return (
+            f"Sweep on {about['data']}: loops {', '.join(map(str, self.data['loops'].values))}, offsets "
+            f"{', '.join(map(str, self.data['offset'].values))}, memory {', '.join(self.data['memory'].values)}, "
+            f"{self.data.sizes['seed']} seeds, {about['recipe']['tokens']:,} tokens each; "
+            f"{trained} of {nll.size // nll.sizes['document']} places measured"
+        )
