@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_p_hop_answers_are_found_by_searching():
         letters = "".join(row[::2])
         assert "".join(row[1::2]) == hopped(letters, tasks.HOPS)
         assert row.count(".") < 20
-        assert all(one != other for one, other in zip(letters, letters[1:], strict=False))
+        assert all(one != other for one, other in itertools.pairwise(letters))
 
 
 def test_permutations_are_products():
@@ -185,3 +186,10 @@ def test_text_gives_the_tokens_back(task):
         assert len(tokens.input_ids) == task.sequence
         assert not tokens.cut
         assert words.decode(tokens.input_ids) == document.text
+
+
+def test_nothing_asked_for_is_refused():
+    """Neither an empty stream nor an empty corpus."""
+    for ask in (stream, corpus):
+        with pytest.raises(ValueError, match="0 rows of unigram asked for"):
+            ask(TASKS["unigram"], 0, seed=0)

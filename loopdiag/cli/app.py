@@ -56,6 +56,7 @@ from loopdiag.cli.output import (
     tell,
 )
 from loopdiag.cli.runs import Checkpoint, Run
+from loopdiag.cli.sweep import sweep as run_sweep
 from loopdiag.errors import InputError
 
 app = typer.Typer(
@@ -67,6 +68,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(name="figures")(draw_figures)
+app.command(name="sweep")(run_sweep)
 
 
 @app.command()

@@ -86,7 +86,7 @@ def load(
     names = family.weight_names(cfg) if hasattr(family, "weight_names") else {name: name for name in expected}
     redundant = family.redundant(cfg) if hasattr(family, "redundant") else {}
     sources = _checked_sources(folder, names, expected, redundant)
-    net.tokenizer, net.stop_tokens, net.source = _tokenizer(folder), _stop_tokens(folder), os.fspath(model)
+    net.tokenizer, net.stop_tokens, net.source = read_tokenizer(folder), _stop_tokens(folder), os.fspath(model)
     parameters = {name for name, _ in net.named_parameters()}
     state = {
         ours: _read(sources, names[ours], like.shape, target if ours in parameters else like.dtype, place)
@@ -303,7 +303,7 @@ def _few(names: list[str]) -> str:
 # -- beside the weights ------------------------------------------------------------------------------
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, or None when it holds none that works without code of the checkpoint."""
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return None

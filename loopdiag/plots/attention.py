@@ -14,6 +14,7 @@ from loopdiag.plots.panels import Panel, canvas, grid, several
 from loopdiag.plots.parts import GREY, figure_legend, intervals, short, star
 
 BRANCHES = {"": "effective map", "_global": "global branch", "_local": "local branch"}
+LOG = ("attention_kl",)  # falls by orders of magnitude from loop to loop
 
 
 def attention(diagnoses: Diagnosis | Sequence[Diagnosis], *, figure: FigureBase | None = None) -> np.ndarray:
@@ -90,12 +91,14 @@ def gate(diagnosis: Diagnosis, *, figure: FigureBase | None = None) -> np.ndarra
 def _by_branch(
     diagnoses: Diagnosis | Sequence[Diagnosis], kinds: dict[str, tuple[str, str]], figure: FigureBase | None
 ) -> np.ndarray:
-    """A row for each measure, or where no model has branches, one row for all."""
+    """A row for each measure, whose panels have one range, or where no model has branches, one row for all."""
     models = several(diagnoses)
     ends = [end for end in BRANCHES if any(f"{name}{end}" in model.data for model in models for name in kinds)]
     panels = [
-        Panel(f"{name}{end}", f"{said}\n({unit})", title=BRANCHES[end] if len(ends) > 1 else "")
+        Panel(f"{name}{end}", f"{said}\n({unit})", title=BRANCHES[end] if len(ends) > 1 else "", log=name in LOG)
         for name, (said, unit) in kinds.items()
         for end in ends
     ]
-    return grid(models, panels, columns=len(ends) if len(ends) > 1 else len(kinds), figure=figure)
+    if len(ends) > 1:
+        return grid(models, panels, columns=len(ends), share_rows=True, figure=figure)
+    return grid(models, panels, columns=len(kinds), figure=figure)

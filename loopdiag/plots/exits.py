@@ -9,8 +9,8 @@ from matplotlib.lines import Line2D
 
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.plots.panels import MARKERS
-from loopdiag.plots.parts import BLACK, GREY, Style, intervals, legend, note, short, single
-from loopdiag.summary import exit_trade_off
+from loopdiag.plots.parts import GREY, Style, intervals, legend, note, short, single
+from loopdiag.summary import ExitRule, exit_trade_off
 
 RING: Style = {"marker": "o", "markersize": 9, "markerfacecolor": "none"}
 
@@ -19,8 +19,9 @@ def exit_rules(diagnosis: Diagnosis, *, price: float = 0.01, ax: Axes | None = N
     """NLL above that of the last loop against the mean loops that a token takes, a line for each rule.
 
     Every marker is a threshold. The published one of a rule is filled; the one chosen on the `fit` documents at a price
-    is ringed and has its 95 % interval. The oracle takes each token's best exit; the grey line runs every token with
-    the same number of loops, and leaves the axes where that is worse than any rule.
+    is ringed and has its 95 % interval. The grey line runs every token with the same number of loops, and leaves the axes
+    where that is worse than any rule. The oracle, which takes each token's best exit, is so far below all rules that it
+    would flatten them: its numbers stand below the axes.
 
     Args:
         diagnosis: With the group `exit_rules`.
@@ -46,9 +47,8 @@ def exit_rules(diagnosis: Diagnosis, *, price: float = 0.01, ax: Axes | None = N
             at, value = rule.loops.mean[rule.chosen], rule.excess.mean[rule.chosen]
             ax.vlines(at, rule.excess.low[rule.chosen], rule.excess.high[rule.chosen], color=colour, linewidth=0.9)
             ax.plot(at, value, label="_", **RING, color=colour)
-        ax.plot(found.oracle.loops.mean, found.oracle.excess.mean, "*", color=BLACK, markersize=8, label="oracle")
         # Loop 1 may be far worse than any rule: the line of all tokens alike leaves the axes for it.
-        shown = np.concatenate([rule.excess.mean for rule in (*found.rules, found.oracle)])
+        shown = np.concatenate([_shown(rule) for rule in found.rules])
         margin = 0.1 * max(np.ptp(shown), 1e-3)
         ax.set_ylim(shown.min() - margin, shown.max() + margin)
         ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
@@ -59,5 +59,17 @@ def exit_rules(diagnosis: Diagnosis, *, price: float = 0.01, ax: Axes | None = N
         ]
         legend(ax, handles, title=short(about["model"]))
         beyond = [f"Trained with {about['trained_loops']} loops."] if found.always.beyond.any() else []
-        note(ax, intervals(about["documents"]), f"Chosen on the fit documents, at the price {price:g}.", *beyond)
+        chosen = f"Chosen on the fit documents, at the price {price:g}."
+        note(ax, _oracle(found.oracle), intervals(about["documents"]), chosen, *beyond)
     return ax
+
+
+def _shown(rule: ExitRule) -> np.ndarray:
+    """What of a rule must be on the y axis: its points, and the interval of the one chosen."""
+    excess = rule.excess
+    return np.append(excess.mean, (excess.low[rule.chosen], excess.high[rule.chosen]))
+
+
+def _oracle(oracle: ExitRule) -> str:
+    loops, nll, excess = (float(each.mean[0]) for each in (oracle.loops, oracle.nll, oracle.excess))
+    return f"Oracle, off the axes: {loops:.2f} loops, {nll:.2f} nats, {-excess:.2f} below the last loop."

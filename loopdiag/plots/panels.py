@@ -40,6 +40,8 @@ MARKERS = "osD^vP*X<>"
 # A dash as wide as two markers and above them: where the two coincide, both are seen.
 _REFERENCE: Style = {"linestyle": ":", "linewidth": 1.0, "marker": "_", "markersize": 11, "zorder": 3}
 _SECOND: Style = {"linestyle": "--", "linewidth": 1.0, "marker": "."}
+DODGE = 0.08  # loops between lines of two models, so that marks that coincide are seen
+WIDEST_DODGE = 0.3  # between the first and the last
 _LEVEL: Style = {"color": GREY, "linestyle": ":", "linewidth": 1.0}
 
 
@@ -103,6 +105,7 @@ def grid(
     panels: Sequence[Panel],
     *,
     columns: int,
+    share_rows: bool = False,
     figure: FigureBase | None = None,
     curve: Callable[[Diagnosis, str], ByLoop] = by_loop,
 ) -> np.ndarray:
@@ -112,6 +115,7 @@ def grid(
         diagnoses: One or several.
         panels: What to draw.
         columns: Panels in a row.
+        share_rows: Whether the panels of a row have one range of y, which must be of one unit.
         figure: Where to draw, a figure or part of one, with a constrained layout; a new one when None.
         curve: From a diagnosis and the name of a measure to what is drawn.
 
@@ -121,11 +125,13 @@ def grid(
     models = several(diagnoses)
     looks = styles(len(models))
     with canvas(figure, -(-len(panels) // columns)) as figure:
-        axes = np.atleast_1d(figure.subplots(-(-len(panels) // columns), columns)).ravel()
+        axes = np.atleast_1d(
+            figure.subplots(-(-len(panels) // columns), columns, sharey="row" if share_rows else "none")
+        ).ravel()
         for ax in axes[len(panels) :]:
             ax.remove()
         curves = [_draw(ax, panel, models, looks, curve) for ax, panel in zip(axes, panels, strict=False)]
-        _shared_legend(figure, models, looks, [each for drawn in curves for each in drawn])
+        _shared_legend(figure, models, looks, curves)
     return axes[: len(panels)]
 
 
@@ -151,13 +157,13 @@ def _draw(
     ax.set_ylabel(panel.label)
     ax.set_title(panel.title)
     drawn = []
-    for model, name, look in zip(models, labels(models), looks, strict=True):
+    for model, name, look, dodge in zip(models, labels(models), looks, _dodges(ax, len(models)), strict=True):
         measured = curve(model, panel.measure)
-        line(ax, measured, shaded=trained is not None, label=name, **look)
+        line(ax, measured, shaded=trained is not None, dodge=dodge, label=name, **look)
         drawn.append(measured)
         for extra, style in ((panel.second, _SECOND), (panel.reference, _REFERENCE)):
             if extra:
-                line(ax, curve(model, extra[0]), label=f"{name}: {extra[1]}", **look | style)
+                line(ax, curve(model, extra[0]), dodge=dodge, label=f"{name}: {extra[1]}", **look | style)
     if not ax.lines:
         message(ax, panel.why_empty)
     if panel.level and ax.lines:
@@ -166,6 +172,12 @@ def _draw(
         ax.set_ylim(*panel.limits)
     _own_legend(ax, panel)
     return drawn
+
+
+def _dodges(ax: Axes, count: int) -> np.ndarray:
+    """How far each of several lines stands beside its loops; on a logarithmic axis, none does."""
+    step = 0.0 if ax.get_xscale() == "log" else min(DODGE, WIDEST_DODGE / max(count - 1, 1))
+    return step * (np.arange(count) - (count - 1) / 2)
 
 
 def _own_legend(ax: Axes, panel: Panel) -> None:
@@ -183,11 +195,15 @@ def _own_legend(ax: Axes, panel: Panel) -> None:
 
 
 def _shared_legend(
-    figure: FigureBase, models: Sequence[Diagnosis], looks: Sequence[Style], curves: Sequence[ByLoop]
+    figure: FigureBase, models: Sequence[Diagnosis], looks: Sequence[Style], panels: Sequence[Sequence[ByLoop]]
 ) -> None:
-    """Above all panels: the models, the marks that occur, and what the bands are."""
-    names = [short(name) for name in labels(models)]
-    handles: list[Artist] = [Line2D([], [], label=name, **look) for name, look in zip(names, looks, strict=True)]
+    """Above all panels: the models that have a line in any, the marks that occur, and what the bands are."""
+    curves = [each for panel in panels for each in panel]
+    handles: list[Artist] = [
+        Line2D([], [], label=short(name), **look)
+        for name, look, of_model in zip(labels(models), looks, zip(*panels, strict=True), strict=True)
+        if any(len(each.loop) for each in of_model)
+    ]
     if any(each.beyond.any() for each in curves):
         if common_training(models) is None:
             hollow: Style = {"color": GREY, "linestyle": "none", "marker": "o", "markerfacecolor": "white"}

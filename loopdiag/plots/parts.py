@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Affine2D
 
 from loopdiag.summary import ByLoop
 
@@ -56,21 +57,24 @@ def single(ax: Axes | None) -> Iterator[Axes]:
         yield plt.subplots(figsize=COLUMN, layout="constrained")[1]
 
 
-def line(ax: Axes, curve: ByLoop, *, shaded: bool = True, **style: Any) -> None:
+def line(ax: Axes, curve: ByLoop, *, shaded: bool = True, dodge: float = 0.0, **style: Any) -> None:
     """Means as a line over the loops and intervals as a band around it; nothing where there are no loops.
 
     What a log axis cannot hold is marked at its foot; loops lost in the run's noise are crossed, and those beyond
-    training hollow where no shade says it.
+    training hollow where no shade says it. All of it is shifted by `dodge` loops to the right.
     """
     loops, mean, low, high = curve.loop, curve.mean, curve.low, curve.high
     if not len(loops):
         return
     zero = (mean <= 0) & (ax.get_yscale() == "log")
     mean, low, high = (np.where(zero, np.nan, values) for values in (mean, low, high))
-    (drawn,) = ax.plot(loops, mean, **style)
+    # In the transform, not in the data: these stay the loops that were run.
+    dodged = Affine2D().translate(dodge, 0)
+    at: Style = {"transform": dodged + ax.transData}
+    (drawn,) = ax.plot(loops, mean, **style, **at)
     colour = drawn.get_color()
     if zero.any():
-        at_the_foot: Style = {"transform": ax.get_xaxis_transform(), "color": colour, "clip_on": False}
+        at_the_foot: Style = {"transform": dodged + ax.get_xaxis_transform(), "color": colour, "clip_on": False}
         ax.plot(loops[zero], np.zeros(zero.sum()), "v", label="zero", **at_the_foot)
     hollow = curve.beyond & ~curve.in_noise & (not shaded)
     if style.get("marker"):
@@ -78,10 +82,10 @@ def line(ax: Axes, curve: ByLoop, *, shaded: bool = True, **style: Any) -> None:
         open_marker: Style = {"color": colour, "marker": style["marker"], "markerfacecolor": "white"}
         for where, marker in ((hollow, open_marker), (curve.in_noise, {"color": colour, "marker": NOISE["marker"]})):
             if where.any():
-                ax.plot(loops[where], mean[where], linestyle="none", label="_", **marker)
+                ax.plot(loops[where], mean[where], linestyle="none", label="_", **marker, **at)
     if len(loops) == 1:  # A band as wide as its one point could not be seen.
         loops, low, high = loops + np.array((-0.05, 0.05)), low.repeat(2), high.repeat(2)
-    ax.fill_between(loops, low, high, color=colour, alpha=0.2, linewidth=0)
+    ax.fill_between(loops, low, high, color=colour, alpha=0.2, linewidth=0, **at)
 
 
 def loop_axis(ax: Axes, loops: np.ndarray, trained: int | None, label: str | None = BEYOND) -> None:

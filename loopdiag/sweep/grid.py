@@ -10,6 +10,7 @@ from loopdiag.model.config import LoopedConfig, Memory
 
 OFFSETS = {"on": 1, "off": 0}
 MEMORIES: tuple[Memory, ...] = ("first", "own")
+SEARCH_SEED = 1_000_003  # of the short trainings that choose learning rates: of no model that is measured
 
 
 @dataclass(frozen=True, order=True)

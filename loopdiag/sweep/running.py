@@ -25,12 +25,11 @@ from loopdiag.model.saving import save
 from loopdiag.monitor import BATCH_SIZE
 from loopdiag.results import about_machine, weights_hash
 from loopdiag.sweep.gathering import SETTINGS, cell_file, gather, search_file
-from loopdiag.sweep.grid import Cell, Grid
+from loopdiag.sweep.grid import SEARCH_SEED, Cell, Grid
 from loopdiag.sweep.text import Text
 from loopdiag.sweep.training import Recipe, token_losses, train
 
 RESULT, RATES = "sweep.nc", "rates.json"
-LOOKS = 12  # at the held-out loss of each model
 POLL = 2.0  # seconds between two looks for what other processes have left
 
 Progress = Callable[[str, int, int], None]
@@ -161,9 +160,8 @@ class _Run:
             return dict.fromkeys(grid.loops, plan.rates[0])
         kept = self.folder / RATES
         chosen = {int(loops): rate for loops, rate in json.loads(kept.read_text()).items()} if kept.is_file() else {}
-        seed = max(grid.seeds) + 1  # of no model that is measured
-        cells = [cell for cell in grid.cells([seed]) if cell.n_loops not in chosen]
-        recipe = replace(plan.recipe, tokens=plan.search_tokens, seed=seed, evaluate_every=plan.search_tokens)
+        cells = [cell for cell in grid.cells([SEARCH_SEED]) if cell.n_loops not in chosen]
+        recipe = replace(plan.recipe, tokens=plan.search_tokens, seed=SEARCH_SEED, evaluate_every=plan.search_tokens)
         jobs = [
             _Job(cell, replace(recipe, learning_rate=rate), search_file(self.folder, cell, rate))
             for cell in cells
@@ -223,7 +221,7 @@ class _Run:
             partial.write_text(json.dumps(found | asdict(job.cell)) + "\n")
 
     def finish(self, job: _Job, model: LoopedLM, log: list[dict[str, Any]]) -> None:
-        """Keep a trained model and what every held-out token costs it; the losses last, since they say it is done."""
+        """Keep a model and what every held-out token costs it; the losses last, since they say that it is done."""
         model.tokenizer = self.plan.text.tokenizer
         save(model, self.folder / "models" / job.cell.name)
         if self.plan.measures:

@@ -54,11 +54,14 @@ def stream(task: Task, tokens: int, seed: int) -> np.ndarray:
 
     Args:
         task: What to draw from.
-        tokens: At least so many; rounded up to whole rows.
-        seed: The same seed gives the same rows; a longer stream starts with the shorter one.
+        tokens: At least 1; rounded up to whole rows.
+        seed: At least 0; the same seed gives the same rows, and a longer stream starts with the shorter one.
 
     Returns:
         uint16 token ids [tokens].
+
+    Raises:
+        ValueError: No tokens are asked for.
     """
     return _rows(task, math.ceil(tokens / task.sequence), seed, TRAINING).astype(np.uint16).reshape(-1)
 
@@ -67,13 +70,16 @@ def corpus(task: Task, n_documents: int = 128, seed: int = 0) -> Corpus:
     """Held-out rows as documents, each its own source; the first half to fit on, the rest to report on.
 
     Training and held-out rows come from generators with different spawn keys, which are independent whatever the
-    two seeds. That they share no row is as good as sure: a row holds over 90 bits of entropy, in every task, so a
-    hundred million training tokens (2^20 rows) meet one of 128 held-out rows with probability of about 2^-63.
+    two seeds. That they share no row is as good as sure: in every task two rows are the same with a probability below
+    2^-99, so a hundred million training tokens (2^20 rows) meet one of 128 (2^7) held-out rows with one below 2^-72.
 
     Args:
         task: What to draw from.
-        n_documents: In both halves together.
-        seed: Of the held-out rows.
+        n_documents: In both halves together, at least 1; an odd one is to report on.
+        seed: Of the held-out rows, at least 0.
+
+    Raises:
+        ValueError: No documents are asked for.
     """
     rows = _rows(task, n_documents, seed, HELD_OUT)
     texts = [" ".join(task.words[token] for token in row) for row in rows]
@@ -90,6 +96,8 @@ def tokenizer(task: Task) -> PreTrainedTokenizerFast:
 
 
 def _rows(task: Task, n_rows: int, seed: int, key: int) -> np.ndarray:
+    if n_rows < 1:
+        raise ValueError(f"{n_rows} rows of {task.name} asked for: allowed are 1 and more.")
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(key,)))
     # Always whole chunks, so that the first rows do not depend on how many are wanted.
     chunks = [task.draw(generator, ROWS) for _ in range(math.ceil(n_rows / ROWS))]
@@ -211,7 +219,7 @@ _TASKS = (
         _addition,
         2 * DIGITS * math.log(10) / (3 * DIGITS + 3),
         f"{PROBLEMS} sums of two numbers of {DIGITS} digits, the last digit first; addition in reverse, "
-        "Lee et al. 2023 (arXiv 2307.03381), of two numbers of those of Saunshi et al. 2025 (arXiv 2502.17416).",
+        "Lee et al. 2023 (arXiv 2307.03381); Saunshi et al. 2025 (arXiv 2502.17416) add more numbers by looping.",
     ),
     Task(
         "brackets",

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loopdiag.corpus import Corpus, CorpusError, Document, bundled, read
 from loopdiag.corpus.documents import MIN_DOCUMENTS
-from loopdiag.corpus.reading import split
+from loopdiag.corpus.reading import MIN_SOURCES, split
 from loopdiag.files import whole
 from loopdiag.sweep import sources, tasks
 
@@ -72,12 +72,9 @@ def prepare(data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None, f
         with whole(folder / "documents.jsonl") as partial:  # last: it says that all is there
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     records = [json.loads(line) for line in (folder / "documents.jsonl").read_text().rstrip("\n").split("\n")]
-    fit, report = (
-        tuple(
-            Document(record["text"], record["name"], record["source"]) for record in records if record["split"] == half
-        )
-        for half in ("fit", "report")
-    )
+    halves: dict[str, list[Document]] = {"fit": [], "report": []}
+    for record in records:
+        halves[record["split"]].append(Document(record["text"], record["name"], record["source"]))
     kept = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     return Text(
         np.load(folder / "stream.npy", mmap_mode="r"), Corpus(data, tuple(halves["fit"]), tuple(halves["report"])), kept
@@ -115,10 +112,10 @@ def _hold_out(everything: Corpus) -> tuple[Corpus, list[Document]]:
     while names and len(held_out) < wanted:
         held_out += by_source.pop(names.pop(0))
     training = [document for documents in by_source.values() for document in documents]
-    if not training or len({document.source for document in held_out}) < 4:
+    if not training or len({document.source for document in held_out}) < MIN_SOURCES:
         raise CorpusError(
-            f"{everything.name} has {len(documents)} documents of {len({d.source for d in documents})} sources: too few "
-            "to hold some out and train on others. Give more documents, or more sources."
+            f"{everything.name} has {len(documents)} documents, too few or of too few sources to hold some out and "
+            "train on others. Give more documents, or more sources."
         )
     random.Random(SEED).shuffle(training)
     fit, report = split(held_out)
