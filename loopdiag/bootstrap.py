@@ -1,4 +1,4 @@
-"""Percentile bootstrap over documents, clustered by source and paired across loops."""
+"""Intervals: over documents a percentile bootstrap, clustered by source and paired across loops; over seeds t."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 DRAWS = 2000
 
@@ -37,3 +38,20 @@ def interval(draws: Float[np.ndarray, "draw ..."]) -> tuple[np.ndarray, np.ndarr
     """The 95 % percentile interval."""
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)
     return low, high
+
+
+def student_interval(values: Float[np.ndarray, "seed ..."]) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % t interval of the mean over seeds; NaN where fewer than two seeds have a value.
+
+    Args:
+        values: One row per seed, NaN where a seed has none.
+    """
+    there = np.isfinite(values)
+    n = there.sum(0)
+    enough = n > 1
+    filled = np.where(there, values, 0.0)
+    mean = filled.sum(0) / np.maximum(n, 1)
+    squares = np.where(there, (filled - mean) ** 2, 0.0).sum(0)
+    n = np.where(enough, n, 2)
+    half = np.where(enough, stats.t.ppf(0.975, n - 1) * np.sqrt(squares / (n - 1) / n), np.nan)
+    return mean - half, mean + half

@@ -22,11 +22,11 @@ class SweepLosses(Result):
         data: By `seed, memory, offset, loops, document` the held-out loss `nll`, with NaN where a model is not trained
             yet; a model with one loop stands at every offset and memory. By the same, what tokens gain and lose from
             the next smaller loop count, `loop_helped` and `loop_harmed` (means over tokens of max(0, -d) and
-            max(0, d), d the change of a token's loss); without `offset`, what they gain and lose from the offset,
-            `offset_helped` and `offset_harmed`, at the largest offset against none. `nll_look` has the losses on the
-            way, after `look` training tokens. `learning_rate` [loops], `search_nll` [memory, offset, loops, rate] on
-            the documents to choose on, `flops` per token [memory, offset, loops] and `kv_bytes` per token. The
-            coordinate `source` gives each document's cluster.
+            max(0, d), d the change of a token's loss), and what they gain and lose from the offset of that place
+            against none, `offset_helped` and `offset_harmed`: 0 where there is none, NaN in a sweep that has no model
+            without offset. `nll_look` has the losses on the way, after `look` training tokens. `learning_rate`
+            [loops], `search_nll` [memory, offset, loops, rate] on the documents to choose on, `flops` per token
+            [memory, offset, loops] and `kv_bytes` per token. The coordinate `source` gives each document's cluster.
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "sweep", "loopdiag sweep", SCHEMA, SweepError

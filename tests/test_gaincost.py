@@ -11,7 +11,8 @@ from planted import diagnosis_of, planted
 
 from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.gaincost import BreakEven, gain_cost, recommend
-from loopdiag.gaincost.decision import break_even, describe, lens_picks
+from loopdiag.gaincost.lenses import lens_picks
+from loopdiag.gaincost.rule import break_even, describe
 
 calm = settings(deadline=None, derandomize=True, max_examples=60)
 nan = math.nan

@@ -207,7 +207,9 @@ def test_loops_beyond_training_are_shaded():
 def test_every_model_has_a_line_of_its_own_look(draw):
     figure = new_figure()
     axes = draw(FAMILY, figure=figure)
-    assert [label for label in key(figure) if label != "lost in rounding"] == ["plt-1", "plt-2", "plt-3", "plt-4"]
+    # No share can be taken of one loop after the first: the key has no model without a line.
+    drawn = ["plt-3", "plt-4"] if draw is plots.shares else ["plt-1", "plt-2", "plt-3", "plt-4"]
+    assert [label for label in key(figure) if label != "lost in rounding"] == drawn
     for ax in axes:
         lines = [each for each in ax.lines if each.get_label() in key(figure)]
         assert lines
@@ -222,6 +224,18 @@ def test_lines_of_several_models_are_their_measures():
         assert_drawn(axes[0], name, diagnosis, "step_size")
         if name != "plt-1":
             assert_drawn(axes[2], f"{name}: unrelated states", diagnosis, "cos_reference", spans=False)
+
+
+def test_marks_that_coincide_stand_side_by_side():
+    twins = [make(model="a"), make(model="b")]
+    ax = plots.predictions(twins, figure=new_figure())[0]
+    first, second = (line(ax, name) for name in "ab")
+    (left, height), (right, as_high) = (
+        ax.transData.inverted().transform(each.get_transform().transform((2, 3.0))) for each in (first, second)
+    )
+    assert (left, right) == (pytest.approx(1.96), pytest.approx(2.04))
+    assert height == pytest.approx(as_high)
+    np.testing.assert_array_equal(first.get_xdata(), second.get_xdata())
 
 
 def test_models_that_differ_in_training_have_hollow_marks_beyond_it():
@@ -273,12 +287,16 @@ def test_attention_is_drawn_by_branch(draw, name):
     for ax, end in zip(axes[3:], ("", "_global", "_local"), strict=True):
         of_loops = Diagnosis(diagnosis.data.mean(["layer", "head"]).assign_attrs(diagnosis.data.attrs))
         assert_drawn(ax, "tiny", of_loops, f"{name}{end}")
+        assert ax.get_ylim() == axes[3].get_ylim()
+        assert ax.get_yscale() == ("log" if name == "attention_kl" else "linear")
+    assert axes[0].get_ylim() != axes[3].get_ylim()
 
 
 def test_a_model_without_a_gate_has_one_map():
     axes = plots.attention(HUGINN, figure=new_figure())
     assert len(axes) == 2
     assert not any(ax.get_title() for ax in axes)
+    assert axes[0].get_ylim() != axes[1].get_ylim()  # of different units
     with pytest.raises(DiagnosisError, match="no gate_mean: no loop of this run blends attention"):
         plots.gate(HUGINN, figure=new_figure())
 
@@ -350,7 +368,10 @@ def test_exit_rules_are_drawn_against_running_all_tokens_alike():
         np.testing.assert_allclose(line(ax, rule.name).get_xdata(), rule.loops.mean)
         np.testing.assert_allclose(line(ax, rule.name).get_ydata(), rule.excess.mean)
     np.testing.assert_allclose(line(ax, "all tokens alike").get_ydata(), found.always.mean)
-    assert line(ax, "oracle").get_ydata() == found.oracle.excess.mean
+    loops, nll, excess = (each.mean.item() for each in (found.oracle.loops, found.oracle.nll, found.oracle.excess))
+    assert f"Oracle, not drawn: {loops:.2f} loops, {nll:.2f} nats, {-excess:.2f} below the last loop." in texts(ax)
+    rules = np.concatenate([rule.excess.mean for rule in found.rules])
+    assert ax.get_ylim()[0] < rules.min() < rules.max() < ax.get_ylim()[1]
     assert "at the price 0.01" in texts(ax)
     assert "gate" not in legend_labels(ax)
 

@@ -56,6 +56,7 @@ from loopdiag.cli.output import (
     tell,
 )
 from loopdiag.cli.runs import Checkpoint, Run
+from loopdiag.cli.sweep import recommend_from_sweep
 from loopdiag.cli.sweep import sweep as run_sweep
 from loopdiag.errors import InputError
 
@@ -105,6 +106,9 @@ def recommend(
         check_outputs(to_json, save, folder=figures, quiet=quiet)
         checkpoint = Checkpoint(model, revision, offline, device, dtype)
         run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
+        if losses := run.losses():
+            answered = recommend_from_sweep(losses, price, seed, json, figures)
+            raise typer.Exit(Exit.ANSWERED if answered else Exit.UNDETERMINED)
         diagnosis = run.diagnosis(needs="prediction")
 
         from loopdiag import gaincost

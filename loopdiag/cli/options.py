@@ -34,7 +34,9 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-ModelArgument = Annotated[str, typer.Argument(help="A bundled model, a folder, a hub id, or a saved diagnosis.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A bundled model, a folder, a hub id, a saved diagnosis, or a sweep.")
+]
 OnlyModelArgument = Annotated[str, typer.Argument(help="A bundled model, a folder or a hub id.")]
 DataOption = Annotated[
     str,

@@ -141,7 +141,7 @@ def print_notes(result: Diagnosis | Effects) -> None:
 
 def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
     """The evidence by loop and both answers, on stdout."""
-    from loopdiag.gaincost.decision import describe
+    from loopdiag.gaincost.rule import describe
 
     lens = "nll_lens" not in told["absent"]  # beside the exits of a model with a coda
     beyond = ", the loops with a star beyond training" if told["run_loops"] > told["trained_loops"] else ""

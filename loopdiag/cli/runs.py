@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from loopdiag.corpus import Corpus
     from loopdiag.diagnosis import Diagnosis
     from loopdiag.interventions import Effects
+    from loopdiag.losses import SweepLosses
     from loopdiag.model import LoopedLM
+
+SWEEP = "sweep.nc"  # that of `loopdiag.sweep`, which would load torch
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,19 @@ class Run:
             raise InputError(f"--measures {self.measures} lacks {needs}, on which the answer rests: add it.")
         return self._made(groups, kept)
 
+    def losses(self) -> SweepLosses | None:
+        """The losses of a sweep, where the model is the folder or the file of one."""
+        given = Path(self.checkpoint.model)
+        file = given if given.name == SWEEP else given / SWEEP
+        if not file.is_file():
+            return None
+        self._check()
+        self._settled("the sweep")
+
+        from loopdiag.losses import SweepLosses
+
+        return SweepLosses.load(file)
+
     def effects(self, groups: Sequence[str] | None) -> Effects:
         """Measure interventions; everything that can be wrong is found before the model runs."""
         self._check()
@@ -120,19 +136,15 @@ class Run:
         return text.take(self.documents) if self.documents else text
 
     def _saved(self) -> Diagnosis:
-        given = [flag for flag, value, default in self._of_a_run() if value != default]
-        if given:
-            raise InputError(
-                f"{', '.join(given)} cannot change the saved diagnosis {self.checkpoint.model}: diagnose again, or "
-                "leave them out."
-            )
+        self._settled("the saved diagnosis")
+
         from loopdiag.diagnosis import Diagnosis
 
         return Diagnosis.load(self.checkpoint.model)
 
-    def _of_a_run(self) -> tuple[tuple[str, Any, Any], ...]:
-        """Options that a saved diagnosis has settled, with their values and defaults."""
-        return (
+    def _settled(self, what: str) -> None:
+        """Refuse options that a saved result has settled."""
+        of_a_run: tuple[tuple[str, Any, Any], ...] = (
             ("--data", self.data, BUNDLED_DATA),
             ("--documents", self.documents, None),
             ("--max-tokens", self.max_tokens, None),
@@ -145,6 +157,10 @@ class Run:
             ("--device", self.checkpoint.device, Device.auto),
             ("--dtype", self.checkpoint.dtype, Dtype.float32),
         )
+        if given := [flag for flag, value, default in of_a_run if value != default]:
+            raise InputError(
+                f"{', '.join(given)} cannot change {what} {self.checkpoint.model}: measure again, or leave them out."
+            )
 
     def _kept(self) -> list[int] | None:
         """The loops of --at."""

@@ -6,20 +6,23 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from loopdiag.cli.options import BUNDLED_DATA, MOST_LOOPS, OfflineOption, QuietOption, in_range
-from loopdiag.cli.output import note, reported_errors, stderr, stdout
+from loopdiag.cli.output import check_outputs, note, reported_errors, stderr, stdout, tell
 from loopdiag.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from loopdiag.losses import SweepLosses
     from loopdiag.sweep.grid import Grid
     from loopdiag.sweep.running import Plan
 
@@ -88,9 +91,8 @@ def sweep(
         in_range("--search-tokens", search_tokens, 1, tokens)
         if origin is not None and (size != "tiny" or tokenizer is not None):
             raise InputError("--from brings its own size and tokenizer: leave --size and --tokenizer out.")
-        if out.exists() and not out.is_dir():
-            raise InputError(f"--out {out} is a file: give a folder.")
-        with stderr.status("preparing the text"):
+        check_outputs(folder=out, quiet=True)
+        with nullcontext() if quiet or rank > 0 else stderr.status("preparing the text"):
             from loopdiag.measures import chosen
             from loopdiag.sweep import planning
 
@@ -118,12 +120,86 @@ def sweep(
         from loopdiag.sweep.running import RESULT
         from loopdiag.sweep.running import sweep as run
 
-        with _bars(quiet or rank > 0, plan, grid, out) as progress:
+        with _silent_trainer(), _bars(quiet or rank > 0, plan, grid, out) as progress:
             losses = run(plan, grid, out, progress)
         if rank == 0:
             if not quiet:
                 note(repr(losses))
             stdout.print(str(out / RESULT), markup=False, highlight=False, soft_wrap=True)
+
+
+def recommend_from_sweep(losses: SweepLosses, price: float, seed: int, json: str | None, figures: Path | None) -> bool:
+    """Answer how many loops to train with from measured losses; whether the standard wiring has an answer."""
+    from loopdiag.gaincost import recommend_training
+    from loopdiag.gaincost.answer import sweep_answer
+
+    answers = [
+        recommend_training(losses, price, offset=int(offset), memory=str(memory), seed=seed)
+        for memory in losses.data["memory"].values
+        for offset in losses.data["offset"].values
+    ]
+    told = sweep_answer(losses, answers, seed)
+    if figures:
+        from loopdiag import plots
+
+        plots.draw_sweep(losses, figures, seed=seed)
+    tell(told, json, lambda: _print_sweep(told))
+    return answers[0].recommended_loops is not None
+
+
+def _print_sweep(told: dict[str, Any]) -> None:
+    """The losses with each answer, and what the offset costs."""
+    for answer in told["answers"]:
+        seeds = f"{answer['seeds']} seed{'s' if answer['seeds'] > 1 else ''}"
+        table = _table(
+            f"Trained on {told['data']}, offset {answer['offset']}, memory {answer['memory']}, {seeds}",
+            "Held-out loss in nats per token with 95 % interval; work of a token's forward; keys and values in 16 bits.",
+            ("loops", "loss [95 %]", "MFLOP/token", "KV bytes/token", "+ fixed", "learning rate"),
+        )
+        for row in answer["loops"]:
+            table.add_row(
+                *(str(row["loops"]), _interval(row, "nll"), f"{row['flops'] / 1e6:,.1f}", f"{row['kv_bytes']:,.0f}"),
+                *(f"{row['kv_bytes_fixed']:,.0f}", f"{row['learning_rate']:g}"),
+            )
+        stdout.print(table)
+        verdict = answer["recommended_loops"] or f"undetermined: {answer['why_undetermined']}"
+        support = ", ".join(f"{loops}: {share:.0%}" for loops, share in answer["support"].items())
+        prices = ", ".join(f"{step['loops']} loops below {step['below']:.2g}" for step in answer["break_even"])
+        fewest = answer["loops"][0]["loops"]
+        for line in (
+            f"Train with how many loops? (measured)  {verdict}",
+            f"    support  {support}",
+            f"    price    {told['price_nats_per_loop']:g} nats per token and extra loop",
+            f"    break-even prices, by mean loss: {prices + f', else {fewest}' if prices else f'{fewest} at any price'}",
+            f"    left out: {answer['leaves_out']}\n",
+        ):
+            stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    for parts in told["decompositions"]:
+        over = {"seeds": "over seeds, on these documents", "documents": "over documents; they leave out the seed"}
+        table = _table(
+            f"What a loop brings without the offset (gain), what the offset costs (tax), and both (net); memory "
+            f"{parts['memory']}",
+            f"Nats per token, from the loop count above. 95 % intervals {over[parts['intervals_over']]}.",
+            ("loops", "gain", "tax", "net"),
+        )
+        for row in parts["loops"]:
+            table.add_row(str(row["loops"]), *(_interval(row, name) for name in ("gain", "tax", "net")))
+        stdout.print(table)
+
+
+def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
+    table = Table(title=title, caption=caption, box=None, title_justify="left", caption_justify="left", pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _interval(row: dict[str, float | None], name: str) -> str:
+    if row[name] is None:
+        return "-"
+    if row[f"{name}_low"] is None:
+        return f"{row[name]:.3f}"
+    return escape(f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
 
 
 def _describe(plan: Plan, grid: Grid, out: Path) -> None:
@@ -145,6 +221,19 @@ def _describe(plan: Plan, grid: Grid, out: Path) -> None:
         hours, minutes = divmod(round(estimated_seconds(plan, left) / 60), 60)
         faster = ", less since it is compiled" if plan.recipe.compile else ""
         note(f"{sum(left.values()):,} tokens in all: about {hours} h {minutes:02d} min by one process{faster}")
+
+
+@contextmanager
+def _silent_trainer() -> Iterator[None]:
+    """Without what the Trainer warns of, such as file systems whose times are coarse."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager
@@ -188,7 +277,8 @@ def _own_process() -> int:
     rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK")
     if local is not None:
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices.split(",")[int(local)] if devices else local
+        names = devices.split(",") if devices else [local]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local) % len(names)]
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     return rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,10 @@ from loopdiag.bootstrap import DRAWS
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.curve import gain_cost
 from loopdiag.gaincost.decision import Recommendation
+from loopdiag.gaincost.measured import Decomposition, TrainingRecommendation, decompose
+from loopdiag.losses import SweepLosses
 from loopdiag.measures import DEFINITIONS, is_by_loop
+from loopdiag.summary import Estimate
 
 SCHEMA = 1
 
@@ -71,6 +75,78 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
         }
         for index, loop in enumerate(curve.loop)
     ]
+
+
+def sweep_answer(losses: SweepLosses, answers: Sequence[TrainingRecommendation], seed: int) -> dict[str, Any]:
+    """Everything that `loopdiag recommend SWEEP` says, ready for JSON: undefined numbers are None.
+
+    Args:
+        losses: A sweep.
+        answers: The recommendation for each memory and offset, the standard one first.
+        seed: Of the draws.
+    """
+    return {
+        "schema": SCHEMA,
+        "kind": losses.KIND,
+        "data": losses.provenance["data"],
+        "price_nats_per_loop": answers[0].price,
+        "draws": {"seed": seed, "draws": DRAWS},
+        "answers": [_trained(losses, answer) for answer in answers],
+        "decompositions": [
+            _decomposed(decompose(losses, str(memory), seed=seed)) for memory in losses.data["memory"].values
+        ]
+        if losses.data.sizes["offset"] > 1
+        else [],
+        "provenance": losses.provenance,
+    }
+
+
+def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, Any]:
+    place = losses.data.sel(memory=answer.memory, offset=answer.offset)
+    return {
+        "offset": answer.offset,
+        "memory": answer.memory,
+        "seeds": answer.seeds,
+        "verdict": answer.verdict,
+        "recommended_loops": answer.recommended_loops,
+        "why_undetermined": answer.why or None,
+        "support": {str(loops): share for loops, share in answer.support.items()},
+        "contenders": list(answer.contenders),
+        "break_even": [asdict(step) for step in answer.break_even],
+        "leaves_out": answer.leaves_out,
+        "loops": [
+            {
+                "loops": loops,
+                **_estimated("nll", answer.nll, index),
+                **{
+                    name: float(place[name].sel(loops=loops))
+                    for name in ("learning_rate", "flops", "kv_bytes", "kv_bytes_fixed")
+                },
+            }
+            for index, loops in enumerate(answer.loops)
+        ],
+    }
+
+
+def _decomposed(parts: Decomposition) -> dict[str, Any]:
+    estimates = {name: getattr(parts, name) for name in ("loss_on", "loss_off", "gain", "tax", "net")}
+    for name in ("gain", "tax", "net"):
+        estimates |= {f"{name}_helped": parts.helped[name], f"{name}_harmed": parts.harmed[name]}
+    return {
+        "memory": parts.memory,
+        "seeds": parts.seeds,
+        "intervals_over": parts.over,
+        "loops": [
+            {"loops": int(loops)}
+            | {key: value for name, each in estimates.items() for key, value in _estimated(name, each, index).items()}
+            for index, loops in enumerate(parts.loops)
+        ],
+    }
+
+
+def _estimated(name: str, values: Estimate, index: int) -> dict[str, float | None]:
+    ends = {"": values.mean, "_low": values.low, "_high": values.high}
+    return {f"{name}{end}": _number(array[index]) for end, array in ends.items()}
 
 
 def _number(value: float) -> float | None:

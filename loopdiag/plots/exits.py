@@ -19,9 +19,9 @@ def exit_rules(diagnosis: Diagnosis, *, price: float = 0.01, ax: Axes | None = N
     """NLL above that of the last loop against the mean loops that a token takes, a line for each rule.
 
     Every marker is a threshold. The published one of a rule is filled; the one chosen on the `fit` documents at a price
-    is ringed and has its 95 % interval. The grey line runs every token with the same number of loops, and leaves the axes
-    where that is worse than any rule. The oracle, which takes each token's best exit, is so far below all rules that it
-    would flatten them: its numbers stand below the axes.
+    is ringed and has its 95 % interval. The grey line runs every token with the same number of loops, and leaves the
+    axes where that is worse than any rule. The oracle, which takes each token's best exit, is so far below all rules
+    that it would flatten them: its numbers stand below the axes.
 
     Args:
         diagnosis: With the group `exit_rules`.
@@ -72,4 +72,4 @@ def _shown(rule: ExitRule) -> np.ndarray:
 
 def _oracle(oracle: ExitRule) -> str:
     loops, nll, excess = (float(each.mean[0]) for each in (oracle.loops, oracle.nll, oracle.excess))
-    return f"Oracle, off the axes: {loops:.2f} loops, {nll:.2f} nats, {-excess:.2f} below the last loop."
+    return f"Oracle, not drawn: {loops:.2f} loops, {nll:.2f} nats, {abs(excess):.2f} below the last loop."

@@ -155,6 +155,7 @@ def _draw(
     if panel.log:
         log_axis(ax)
     ax.set_ylabel(panel.label)
+    ax.tick_params(labelleft=True)  # in a row of one range, too, where matplotlib leaves them to the first panel
     ax.set_title(panel.title)
     drawn = []
     for model, name, look, dodge in zip(models, labels(models), looks, _dodges(ax, len(models)), strict=True):

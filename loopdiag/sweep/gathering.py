@@ -17,7 +17,7 @@ from loopdiag.model.facts import flops, kv_bytes
 from loopdiag.results import about_machine
 from loopdiag.sweep.grid import Cell
 
-SETTINGS = "sweep.json"
+SETTINGS, RATES = "sweep.json", "rates.json"
 PLACE = ("seed", "memory", "offset", "loops")
 NATS = "nats per token"
 
@@ -32,17 +32,25 @@ def search_file(folder: Path, cell: Cell, rate: float) -> Path:
     return folder / "search" / f"{cell.name}-rate{rate:g}.json"
 
 
+def chosen_rates(folder: Path) -> dict[int, float]:
+    """The learning rates that searches have chosen so far, by loop count."""
+    kept = folder / RATES
+    return {int(loops): rate for loops, rate in json.loads(kept.read_text()).items()} if kept.is_file() else {}
+
+
 def gather(folder: Path) -> SweepLosses:
     """Everything that the models finished so far were measured to be."""
     cells: dict[Cell, xr.Dataset] = {}
     for file in sorted((folder / "cells").glob("*.nc")):
         data = xr.load_dataset(file, engine="h5netcdf")
         cells[Cell(**json.loads(data.attrs["provenance"])["cell"])] = data
+    # One loop says nothing of the offsets and memories that a sweep has, unless nothing else is there.
+    looped = [cell for cell in cells if cell.n_loops > 1] or list(cells)
     axes: dict[str, list[Any]] = {
         "seed": sorted({cell.seed for cell in cells}),
         # The standard, shared memory and an offset, first.
-        "memory": sorted({cell.memory for cell in cells}),
-        "offset": sorted({cell.offset for cell in cells}, reverse=True),
+        "memory": sorted({cell.memory for cell in looped}),
+        "offset": sorted({cell.offset for cell in looped}, reverse=True),
         "loops": sorted({cell.n_loops for cell in cells}),
     }
     first = next(iter(cells.values()))
@@ -58,7 +66,8 @@ def gather(folder: Path) -> SweepLosses:
             axes["loops"].index(cell.n_loops),
         )
         by_token[place], looks[place] = data["nll_token"].values, data["nll_look"].values
-    there = np.isfinite(first["nll_token"].values)
+    # Padding is NaN in every model, a token that a diverged model gives no chance only in that one.
+    there = ~np.isnan(by_token).all((0, 1, 2, 3))
 
     def per_document(change: np.ndarray) -> np.ndarray:
         """Means over tokens [..., document]; NaN for a model that is missing."""
@@ -129,16 +138,13 @@ def _search(folder: Path, axes: dict[str, list[Any]]) -> dict[str, Any]:
         return {}
     nll = np.full((*(len(axes[name]) for name in PLACE[1:]), len(rates)), np.nan)
     for entry in found:
-        if (
-            entry["n_loops"] in axes["loops"]
-            and entry["memory"] in axes["memory"]
-            and entry["offset"] in axes["offset"]
-        ):
-            nll[
-                axes["memory"].index(entry["memory"]) if entry["n_loops"] > 1 else slice(None),
-                axes["offset"].index(entry["offset"]) if entry["n_loops"] > 1 else slice(None),
-                axes["loops"].index(entry["n_loops"]),
-                rates.index(entry["rate"]),
-            ] = entry["nll_fit"]
+        if entry["n_loops"] not in axes["loops"]:
+            continue
+        loops, rate = axes["loops"].index(entry["n_loops"]), rates.index(entry["rate"])
+        if entry["n_loops"] == 1:
+            nll[:, :, loops, rate] = entry["nll_fit"]
+        elif entry["memory"] in axes["memory"] and entry["offset"] in axes["offset"]:
+            memory, offset = axes["memory"].index(entry["memory"]), axes["offset"].index(entry["offset"])
+            nll[memory, offset, loops, rate] = entry["nll_fit"]
     attributes = {"units": NATS, "long_name": "loss of short trainings on the documents to choose on"}
     return {"search_nll": ((*PLACE[1:], "rate"), nll, attributes), "rate": ("rate", rates)}

@@ -64,8 +64,8 @@ class Grid:
 
     def cell(self, seed: int, memory: Memory, offset: int, n_loops: int) -> Cell:
         """The model of a place in the grid."""
-        if n_loops == 1:
-            memory, offset = self.memories[0], self.offsets[0]
+        if n_loops == 1:  # the same one whatever else the grid has, so that it stays when that is extended
+            memory, offset = MEMORIES[0], OFFSETS["on"]
         return Cell(seed, n_loops, offset, memory)
 
     def cells(self, seeds: Sequence[int] | None = None) -> list[Cell]:

@@ -15,9 +15,9 @@ from loopdiag.losses import SweepError
 from loopdiag.model.checkpoints import native
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
-from loopdiag.model.loading import find, load, read_config, read_tokenizer
+from loopdiag.model.loading import LoadError, find, load, read_config, read_tokenizer
 from loopdiag.sweep import family, tasks
-from loopdiag.sweep.gathering import cell_file, search_file
+from loopdiag.sweep.gathering import SETTINGS, cell_file, chosen_rates, search_file
 from loopdiag.sweep.grid import SEARCH_SEED, Cell, Grid
 from loopdiag.sweep.running import Plan
 from loopdiag.sweep.text import prepare
@@ -87,23 +87,27 @@ def plan(
     if origin is not None:
         model = load(origin, local_files_only=offline)
         base, reads, start = model.cfg, model.tokenizer, model.state_dict()
-        own = {"--loops": base.n_loops in grid.loops, "--memory": base.memory in grid.memories}
+        own = {"--loops": base.n_loops in grid.loops}
         if base.n_loops > 1:
-            own["--offset"] = base.offset in grid.offsets
+            own |= {"--memory": base.memory in grid.memories, "--offset": base.offset in grid.offsets}
         if missing := [flag for flag, there in own.items() if not there]:
             raise SweepError(
                 f"{origin} has {base.n_loops} loops, offset {base.offset} and memory {base.memory!r}, and {missing[0]} "
                 "leaves that out: what is changed can only be compared with a model that is trained on unchanged."
             )
-        if base.injection == "none" or base.initial_state == "random":
+        if base.injection == "none":
             raise SweepError(f"{origin} is no Parallel Loop Transformer: its offset and memory cannot be changed.")
     else:
         reads = read_tokenizer(find(tokenizer, local_files_only=offline))
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".text.lock"):  # of several processes the first one makes it
-        text = prepare(data, tokens, reads, folder / "text")
+        text = prepare(data, tokens, reads, folder / "text", settled=(folder / SETTINGS).is_file())
     if origin is None:
         base = replace(_configuration(size, offline), vocab_size=len(text.tokenizer))
+    if base.initial_state == "random":
+        raise SweepError(
+            f"{origin or size} starts from random states, so that one loop is not one model: give another."
+        )
     row = tasks.TASKS[data].sequence if data in tasks.TASKS else min(base.n_ctx, LONGEST_SEQUENCE)
     if row > base.n_ctx:
         base = replace(base, n_ctx=row)
@@ -114,6 +118,16 @@ def plan(
     if least < batch:
         raise SweepError(
             f"{least:,} training tokens do not fill a batch of {batch_size} x {row}: ask for more, or smaller batches."
+        )
+    if len(text.stream) < batch:
+        raise SweepError(
+            f"{data} has {len(text.stream):,} tokens to train on, which do not fill a batch of {batch_size} x {row}: "
+            "give more text, or smaller batches."
+        )
+    if text.stream.max() >= base.vocab_size:
+        raise SweepError(
+            f"{origin} knows {base.vocab_size:,} tokens, and {data} has token {text.stream.max():,}: train on text, or "
+            "on what this model was made for."
         )
     if tokens > ROUNDS * len(text.stream):
         raise SweepError(
@@ -138,7 +152,10 @@ def _configuration(size: str | LoopedConfig, offline: bool) -> LoopedConfig:
     if size in SIZES:
         return SIZES[size]
     if not size.endswith(".json"):
-        return read_config(find(size, local_files_only=offline))[0]
+        try:
+            return read_config(find(size, local_files_only=offline))[0]
+        except LoadError as error:
+            raise SweepError(f"{error} A size is also {', '.join(SIZES)}, or a JSON file of settings.") from None
     try:
         return native.read_config({"n_loops": 1, "vocab_size": 1} | json.loads(Path(size).read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -152,7 +169,8 @@ def waiting(plan: Plan, grid: Grid, folder: Path) -> dict[Cell, int]:
     """Models that a sweep has yet to train, with training tokens, those of the search for their rates included."""
     tokens = {cell: plan.recipe.tokens for cell in grid.cells() if not cell_file(folder, cell).is_file()}
     if len(plan.rates) > 1:
-        for cell in grid.cells([SEARCH_SEED]):
+        chosen = chosen_rates(folder)
+        for cell in (cell for cell in grid.cells([SEARCH_SEED]) if cell.n_loops not in chosen):
             rates = [rate for rate in plan.rates if not search_file(folder, cell, rate).is_file()]
             if rates:
                 tokens[cell] = len(rates) * plan.search_tokens

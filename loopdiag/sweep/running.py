@@ -24,12 +24,12 @@ from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.saving import save
 from loopdiag.monitor import BATCH_SIZE
 from loopdiag.results import about_machine, weights_hash
-from loopdiag.sweep.gathering import SETTINGS, cell_file, gather, search_file
+from loopdiag.sweep.gathering import RATES, SETTINGS, cell_file, chosen_rates, gather, search_file
 from loopdiag.sweep.grid import SEARCH_SEED, Cell, Grid
 from loopdiag.sweep.text import Text
 from loopdiag.sweep.training import Recipe, token_losses, train
 
-RESULT, RATES = "sweep.nc", "rates.json"
+RESULT = "sweep.nc"
 POLL = 2.0  # seconds between two looks for what other processes have left
 
 Progress = Callable[[str, int, int], None]
@@ -158,8 +158,7 @@ class _Run:
         plan, grid = self.plan, self.grid
         if len(plan.rates) == 1:
             return dict.fromkeys(grid.loops, plan.rates[0])
-        kept = self.folder / RATES
-        chosen = {int(loops): rate for loops, rate in json.loads(kept.read_text()).items()} if kept.is_file() else {}
+        chosen = chosen_rates(self.folder)
         cells = [cell for cell in grid.cells([SEARCH_SEED]) if cell.n_loops not in chosen]
         recipe = replace(plan.recipe, tokens=plan.search_tokens, seed=SEARCH_SEED, evaluate_every=plan.search_tokens)
         jobs = [
@@ -179,9 +178,12 @@ class _Run:
                 )
                 for rate in plan.rates
             }
-            chosen[n_loops] = min(plan.rates, key=lambda rate: losses[rate])
-        with whole(kept) as partial:
-            partial.write_text(json.dumps({str(loops): chosen[loops] for loops in sorted(chosen)}) + "\n")
+            # A training that diverged has no loss at all.
+            chosen[n_loops] = min(plan.rates, key=lambda rate: np.nan_to_num(losses[rate], nan=np.inf))
+        with FileLock(self.folder / "locks" / RATES):
+            chosen |= chosen_rates(self.folder)  # a process with another grid may have been first
+            with whole(self.folder / RATES) as partial:
+                partial.write_text(json.dumps({str(loops): chosen[loops] for loops in sorted(chosen)}) + "\n")
         return {loops: chosen[loops] for loops in grid.loops}
 
     def work(self, what: str, jobs: Sequence[_Job], finish: _Finish) -> None:
@@ -198,10 +200,16 @@ class _Run:
                     continue
             else:
                 time.sleep(POLL)
+        for job in jobs:  # of a process that was killed after its model was done
+            shutil.rmtree(self._runs(job), ignore_errors=True)
         self.tell(what, len(jobs), len(jobs))
 
+    def _runs(self, job: _Job) -> Path:
+        """Checkpoints of a training run."""
+        return self.folder / "runs" / job.done.stem
+
     def train(self, job: _Job, finish: _Finish) -> None:
-        runs = self.folder / "runs" / job.done.stem
+        runs = self._runs(job)
         model = train(
             job.cell.config(self.plan.base),
             job.recipe,
@@ -212,7 +220,7 @@ class _Run:
             progress=lambda done, of: self.tell(job.done.stem, done, of),
         )
         finish(job, model, json.loads((runs / "log.json").read_text()))
-        shutil.rmtree(runs)
+        shutil.rmtree(runs, ignore_errors=True)
 
     def note_search(self, job: _Job, model: LoopedLM, log: list[dict[str, Any]]) -> None:
         losses = token_losses(model, list(batches(self.fit, BATCH_SIZE)))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +18,7 @@ from loopdiag.corpus import Corpus, CorpusError, Document, bundled, read
 from loopdiag.corpus.documents import MIN_DOCUMENTS
 from loopdiag.corpus.reading import MIN_SOURCES, split
 from loopdiag.files import whole
+from loopdiag.losses import SweepError
 from loopdiag.sweep import sources, tasks
 
 BUNDLED = "bundled"
@@ -45,7 +48,9 @@ class Text:
         return hashlib.sha256((stream.hexdigest() + self.corpus.fingerprint).encode()).hexdigest()
 
 
-def prepare(data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None, folder: Path) -> Text:
+def prepare(
+    data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None, folder: Path, *, settled: bool = False
+) -> Text:
     """The text of a sweep; made once, then read back from `folder`.
 
     Args:
@@ -54,11 +59,25 @@ def prepare(data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None, f
         tokens: Training tokens; a text that has fewer is taken whole.
         tokenizer: What reads the text; a task has its own.
         folder: Where it is kept.
+        settled: Whether models are trained on what is there; else text that was made for something else is made anew.
 
     Raises:
         CorpusError: Text that cannot be read, or too little of it.
+        SweepError: What is there is settled, and was made for something else.
     """
-    if not (folder / "documents.jsonl").is_file():
+    asked: dict[str, Any] = {"data": data, "tokens": tokens}
+    if tokenizer is not None and data not in tasks.TASKS:
+        asked["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    made_for, documents_file = folder / "made_for.json", folder / "documents.jsonl"
+    if made_for.is_file() and (before := json.loads(made_for.read_text())) != asked:
+        if settled:
+            other = ", ".join(sorted(name for name in asked | before if asked.get(name) != before.get(name)))
+            raise SweepError(
+                f"{folder.parent} holds another sweep ({made_for} says on what text; {other} differs): give another "
+                "folder, or the settings of this one."
+            )
+        documents_file.unlink(missing_ok=True)
+    if not documents_file.is_file():
         made = _made(data, tokens, tokenizer)
         folder.mkdir(parents=True, exist_ok=True)
         made.tokenizer.save_pretrained(folder / "tokenizer")
@@ -69,9 +88,11 @@ def prepare(data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None, f
             for half, documents in (("fit", made.corpus.fit), ("report", made.corpus.report))
             for document in documents
         ]
-        with whole(folder / "documents.jsonl") as partial:  # last: it says that all is there
+        with whole(made_for) as partial:
+            partial.write_text(json.dumps(asked) + "\n")
+        with whole(documents_file) as partial:  # last: it says that all is there
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    records = [json.loads(line) for line in (folder / "documents.jsonl").read_text().rstrip("\n").split("\n")]
+    records = [json.loads(line) for line in documents_file.read_text().rstrip("\n").split("\n")]
     halves: dict[str, list[Document]] = {"fit": [], "report": []}
     for record in records:
         halves[record["split"]].append(Document(record["text"], record["name"], record["source"]))
@@ -93,7 +114,12 @@ def _made(data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None) -> 
         files = sources.training_files(held_out, CHARACTERS_PER_PACKAGE, sources.installed())
         texts: Iterable[str] = (file.text for file in files)
     else:
-        everything = read(data, rows=max(2000, tokens // 100))
+        try:
+            everything = read(data, rows=max(2000, tokens // 100))
+        except CorpusError as error:
+            if os.path.exists(os.path.expanduser(data)):
+                raise
+            raise CorpusError(f"{error} A sweep also takes {BUNDLED} and the tasks {', '.join(tasks.TASKS)}.") from None
         corpus, training = _hold_out(everything)
         texts = (document.text for document in training)
     return Text(_stream(texts, tokenizer, tokens), corpus, tokenizer)

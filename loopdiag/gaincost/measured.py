@@ -1,0 +1,276 @@
+"""What a sweep measured: gain, tax and net of each loop count, and how many loops to train with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from loopdiag.bootstrap import interval, resampled_means, student_interval
+from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, pick
+from loopdiag.losses import SweepError, SweepLosses
+from loopdiag.summary import Estimate
+
+CLAIM = 3  # seeds; fewer cannot say how much trainings differ
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Why a loop count wins or loses, in nats per token, from models trained with the offset and without it.
+
+    With L held-out loss, R a loop count of the grid and R' the one before:
+
+        gain(R) = L_off(R') - L_off(R)    what a loop brings where no offset stands in its way
+        tax(R)  = L_on(R) - L_off(R)      what the offset costs
+        net(R)  = L_on(R') - L_on(R)      what a loop brings with the offset, computed on its own
+
+    so that net(R) = gain(R) - (tax(R) - tax(R')). NaN where a model is missing; gain and net have no first count.
+
+    Attributes:
+        memory: Whose keys and values later loops read.
+        loops: Loop counts.
+        gain, tax, net: As above.
+        helped, harmed: Of each of the three, what it gives to the tokens that it helps and takes from those that it
+            harms: gain and net are helped - harmed, tax is harmed - helped.
+        loss_on, loss_off: Held-out losses.
+        seeds: Trainings of each model.
+        over: What the 95 % intervals are over: `seeds` (t intervals on paired differences, on these documents) or
+            `documents` (bootstrap, on the mean of the seeds; it leaves out what another training would give).
+    """
+
+    memory: str
+    loops: np.ndarray
+    gain: Estimate
+    tax: Estimate
+    net: Estimate
+    helped: dict[str, Estimate]
+    harmed: dict[str, Estimate]
+    loss_on: Estimate
+    loss_off: Estimate
+    seeds: int
+    over: Literal["seeds", "documents"]
+
+
+def decompose(
+    losses: SweepLosses,
+    memory: str | None = None,
+    *,
+    over: Literal["seeds", "documents"] | None = None,
+    seeds: list[int] | None = None,
+    seed: int = 0,
+) -> Decomposition:
+    """Split what each loop count brings into a gain and a tax.
+
+    Args:
+        losses: A sweep with the offset on and off.
+        memory: Of several in the sweep, which; the first when None.
+        over: What intervals are over; seeds where there are three, documents otherwise, when None.
+        seeds: Only these; all when None.
+        seed: Of the bootstrap over documents.
+
+    Raises:
+        SweepError: The sweep has one offset only, or no such memory or seed, or too few seeds for intervals over them.
+    """
+    data = _of(losses, memory, seeds)
+    if data.sizes["offset"] < 2:
+        raise SweepError("This sweep has models with one offset only: the tax of an offset needs both, on and off.")
+    over = over or ("seeds" if data.sizes["seed"] >= CLAIM else "documents")
+    if over == "seeds" and data.sizes["seed"] < 2:
+        raise SweepError("One seed cannot say how much trainings differ: train more, or take intervals over documents.")
+    on, off = (data.isel(offset=place) for place in (0, -1))
+
+    def estimate(values: xr.DataArray) -> Estimate:
+        return _estimate(values.transpose("seed", "document", "loops"), over, seed)
+
+    def one_fewer(nll: xr.DataArray) -> xr.DataArray:
+        return nll.shift(loops=1)
+
+    return Decomposition(
+        memory=str(data["memory"].item()),
+        loops=data["loops"].values,
+        gain=estimate(one_fewer(off["nll"]) - off["nll"]),
+        tax=estimate(on["nll"] - off["nll"]),
+        net=estimate(one_fewer(on["nll"]) - on["nll"]),
+        helped={
+            "gain": estimate(off["loop_helped"]),
+            "tax": estimate(on["offset_helped"]),
+            "net": estimate(on["loop_helped"]),
+        },
+        harmed={
+            "gain": estimate(off["loop_harmed"]),
+            "tax": estimate(on["offset_harmed"]),
+            "net": estimate(on["loop_harmed"]),
+        },
+        loss_on=estimate(on["nll"]),
+        loss_off=estimate(off["nll"]),
+        seeds=data.sizes["seed"],
+        over=over,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingRecommendation:
+    """How many loops to train with, from measured losses of models that were trained with each count.
+
+    Attributes:
+        verdict: Whether there is an answer.
+        recommended_loops: The answer, or None.
+        pick: What the rule picks on the mean losses, answer or not.
+        why: Why undetermined; empty otherwise.
+        price: Nats per token that an extra loop must bring.
+        support: For each loop count, how often the rule picks it over draws of seeds and documents.
+        contenders: Counts with a support of 10 % or more.
+        break_even: At which prices the best count changes, by mean loss, the largest count first.
+        loops: The counts that were trained.
+        nll: Their held-out losses, with 95 % intervals over what the draws are over.
+        offset, memory: Of the models.
+        seeds: Trainings of each.
+        leaves_out: What the answer does not account for.
+        data: What they were trained on.
+    """
+
+    verdict: Literal["recommended", "undetermined"]
+    recommended_loops: int | None
+    pick: int
+    why: str
+    price: float
+    support: dict[int, float]
+    contenders: tuple[int, ...]
+    break_even: tuple[BreakEven, ...]
+    loops: tuple[int, ...]
+    nll: Estimate
+    offset: int
+    memory: str
+    seeds: int
+    leaves_out: str
+    data: str
+
+    def __str__(self) -> str:
+        support = f"support {self.support[self.pick]:.0%}, price {self.price:g} nats per token and loop"
+        answer = (
+            f"undetermined ({self.why}; {support})"
+            if self.recommended_loops is None
+            else f"{self.recommended_loops} ({support})"
+        )
+        return (
+            f"Train on {self.data} with how many loops (offset {self.offset}, memory {self.memory})? "
+            f"Measured: {answer}.\n"
+            f"Break-even prices, by mean loss: {describe(self.break_even, self.loops[0])}.\n"
+            f"Left out: {self.leaves_out}."
+        )
+
+
+def recommend_training(
+    losses: SweepLosses, price: float = PRICE, *, offset: int | None = None, memory: str | None = None, seed: int = 0
+) -> TrainingRecommendation:
+    """Recommend a loop count to train with from a sweep: the rule of `recommend`, on measured losses.
+
+    Draws are over documents, clustered by source, and with three seeds or more over seeds, too: a Student's t noise
+    with the covariance of the seeds' mean losses.
+
+    Args:
+        losses: A sweep.
+        price: Nats per token that an extra loop must bring, >= 0.
+        offset: Of the models; the sweep's first, which is on where it has one, when None.
+        memory: Likewise.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: `price` is negative or not finite.
+        SweepError: No seed has all loop counts yet, or the sweep has no such offset or memory.
+    """
+    price = checked_price(price)
+    data = _of(losses, memory, None)
+    offset = int(data["offset"].values[0]) if offset is None else offset
+    if offset not in data["offset"].values:
+        raise SweepError(f"This sweep has no models with offset {offset}: it has {_listed(data['offset'])}.")
+    every = data["nll"].sel(offset=offset).transpose("seed", "document", "loops")
+    nll = every.isel(seed=np.flatnonzero(np.isfinite(every.values).all((1, 2))))
+    if not nll.sizes["seed"]:
+        raise SweepError(
+            f"No seed of this sweep has all loop counts {_listed(data['loops'])} with offset {offset} yet: run "
+            "`loopdiag sweep` with the same settings again, which goes on."
+        )
+    loops = data["loops"].values
+    means = nll.mean("document").values  # [seed, loops]
+    draws = resampled_means(nll.mean("seed").values, data["source"].values, seed=seed)
+    variances = _paired(draws, lambda differences: differences.var(0))
+    left_out = "other documents than these are drawn, other seeds are not: one training of each may tell another story"
+    if len(means) >= CLAIM:
+        deviations = means - means.mean(0)
+        draws = draws + _student_noise(deviations, len(draws), seed)
+        variances = variances + _paired(deviations, lambda d: (d**2).sum(0) / (len(d) * (len(d) - 1)))
+        left_out = "other data, sizes and budgets than these"
+    elif len(means) > 1:
+        left_out = f"{len(means)} seeds cannot say how much trainings differ; three can"
+    picked = pick(means.mean(0), draws, np.sqrt(variances), loops, price)
+    return TrainingRecommendation(
+        verdict="undetermined" if picked.why else "recommended",
+        recommended_loops=None if picked.why else picked.loops,
+        pick=picked.loops,
+        why=picked.why,
+        price=price,
+        support=picked.support,
+        contenders=picked.contenders,
+        break_even=break_even(means.mean(0), loops),
+        loops=tuple(int(count) for count in loops),
+        nll=Estimate(means.mean(0), *interval(draws)),
+        offset=offset,
+        memory=str(data["memory"].item()),
+        seeds=len(means),
+        leaves_out=left_out,
+        data=losses.provenance["data"],
+    )
+
+
+def _of(losses: SweepLosses, memory: str | None, seeds: list[int] | None) -> xr.Dataset:
+    """The models of one memory."""
+    memories = [str(name) for name in losses.data["memory"].values]
+    if memory is not None and memory not in memories:
+        raise SweepError(f"This sweep has no models with memory {memory!r}: it has {', '.join(memories)}.")
+    data = losses.data.sel(memory=memory or memories[0])
+    if seeds is None:
+        return data
+    if not seeds or not set(seeds) <= set(data["seed"].values.tolist()):
+        raise SweepError(f"This sweep has no seeds {seeds}: it has {_listed(data['seed'])}.")
+    return data.sel(seed=seeds)
+
+
+def _listed(values: xr.DataArray) -> str:
+    return ", ".join(str(value) for value in values.values)
+
+
+def _estimate(values: xr.DataArray, over: str, seed: int) -> Estimate:
+    """Mean over seeds and documents [loops], of the seeds that have a value there."""
+    array = values.values
+    means = array.mean(1)
+    there = np.isfinite(means)
+    counts = there.sum(0)
+    mean = np.where(counts, np.where(there, means, 0).sum(0) / np.maximum(counts, 1), np.nan)
+    if over == "seeds":
+        return Estimate(mean, *student_interval(means))
+    # [document, loops], NaN where no seed has a value.
+    by_document = np.where(counts, np.where(there[:, None], array, 0).sum(0) / np.maximum(counts, 1), np.nan)
+    return Estimate(mean, *interval(resampled_means(by_document, values["source"].values, seed=seed)))
+
+
+def _paired(values: Float[np.ndarray, "draw loop"], spread: Any) -> Float[np.ndarray, "loop loop"]:
+    """A spread of each paired difference."""
+    return spread(values[:, :, None] - values[:, None, :])
+
+
+def _student_noise(deviations: Float[np.ndarray, "seed loop"], draws: int, seed: int) -> Float[np.ndarray, "draw loop"]:
+    """Multivariate t of seeds - 1 degrees of freedom whose differences have the seeds' t intervals.
+
+    Args:
+        deviations: Of each seed's losses from their mean.
+        draws: How many.
+        seed: Of the draws.
+    """
+    n = len(deviations)
+    random = np.random.default_rng((seed, 1))
+    normal = random.standard_normal((draws, n)) @ deviations / np.sqrt(n * (n - 1))
+    return normal * np.sqrt((n - 1) / random.chisquare(n - 1, (draws, 1)))

@@ -1,0 +1,148 @@
+"""The rule that picks a loop count from measured losses, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+PRICE = 0.01
+CONTENDER = 0.10
+MAJORITY = 0.50
+ROUNDING = 1e-9  # nats; differences below it are arithmetic
+
+PerLoop = Float[np.ndarray, " loop"]
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """`loops` is the best count while the price is under `below` (and over the next count's)."""
+
+    loops: int
+    below: float
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What the rule picks.
+
+    Attributes:
+        loops: The count.
+        support: For each count, how often the rule picks it over resamples of what was measured.
+        why: Why the pick does not stand; empty where it does.
+    """
+
+    loops: int
+    support: dict[int, float]
+    why: str
+
+    @property
+    def contenders(self) -> tuple[int, ...]:
+        """Counts with a support of 10 % or more."""
+        return tuple(loops for loops, share in self.support.items() if share >= CONTENDER)
+
+
+def checked_price(price: float) -> float:
+    """The price.
+
+    Raises:
+        ValueError: It is negative or not finite.
+    """
+    if not (math.isfinite(price) and price >= 0):
+        raise ValueError(
+            f"price = {price} is not allowed: it must be a finite number >= 0, in nats per token and loop."
+        )
+    return float(price)
+
+
+def pick(
+    nll: PerLoop,
+    draws: Float[np.ndarray, "draw loop"],
+    errors: Float[np.ndarray, "loop loop"],
+    loops: np.ndarray,
+    price: float,
+) -> Pick:
+    """Pick a loop count.
+
+    utility(r) = -nll(r) - price * (r - 1); the smallest r that no larger one beats by more than one standard error of
+    their paired difference. It does not stand when it is picked in less than half of the resamples, or when the data
+    leave room (95 %) for another count to be better by more than the price.
+
+    Args:
+        nll: Mean loss of each count, in nats per token.
+        draws: Resamples of it.
+        errors: Standard error of each paired difference.
+        loops: The counts, rising.
+        price: Nats per token that an extra loop must bring.
+    """
+    paid = price * (loops - 1)
+    utility, resampled = -nll - paid, -draws - paid
+    picked = _rule(utility, errors)
+    picks = np.array([_rule(draw, errors) for draw in resampled])
+    support = {int(count): float((picks == index).mean()) for index, count in enumerate(loops)}
+    why = _doubt(utility, resampled, picked, support[int(loops[picked])], price, loops)
+    return Pick(int(loops[picked]), support, why)
+
+
+def _rule(utility: PerLoop, errors: Float[np.ndarray, "loop loop"]) -> int:
+    """Index of the smallest count that no larger one beats by more than one standard error.
+
+    Where the errors are alike this is the smallest count within one standard error of the best. Where the best is
+    noisy, it does not let in a count that a third one clearly beats, and a higher price never picks more loops.
+    """
+    ahead = utility - utility[:, None]  # [count, rival]
+    beaten = np.triu(ahead > errors + ROUNDING, 1).any(1)
+    return int((~beaten).argmax())
+
+
+def _doubt(
+    utility: PerLoop,
+    draws: Float[np.ndarray, "draw loop"],
+    picked: int,
+    support: float,
+    price: float,
+    loops: np.ndarray,
+) -> str:
+    """Why the pick does not stand, or an empty string."""
+    if support < MAJORITY:
+        return f"{loops[picked]} would be picked in {support:.0%} of the resamples only"
+    ahead = draws - draws[:, [picked]]
+    half_width = (np.percentile(ahead, 97.5, axis=0) - np.percentile(ahead, 2.5, axis=0)) / 2
+    room = utility - utility[picked] + half_width
+    room[picked] = -np.inf
+    rival = int(room.argmax())
+    if room[rival] > price + ROUNDING:
+        return (
+            f"{loops[rival]} instead of {loops[picked]} could be better by {room[rival]:.3f} nats per token, "
+            "price paid, which is more than the price"
+        )
+    return ""
+
+
+def break_even(nll: PerLoop, loops: np.ndarray) -> tuple[BreakEven, ...]:
+    """At which prices the count of best mean utility changes, the largest count first.
+
+    Only counts that are best at some price >= 0 appear. One loop, best above the last price, is not listed.
+
+    Args:
+        nll: Mean exit NLL of each count.
+        loops: The counts, rising from 1.
+    """
+    steps: list[BreakEven] = []
+    best = int(nll.argmin())
+    while best > 0:
+        # The next count down is the one that the falling utility meets first: the least slope to a smaller count.
+        slopes = [(float((nll[fewer] - nll[best]) / (loops[best] - loops[fewer])), fewer) for fewer in range(best)]
+        below, fewer = min(slopes)
+        steps.append(BreakEven(int(loops[best]), below))
+        best = fewer
+    return tuple(steps)
+
+
+def describe(steps: tuple[BreakEven, ...], fewest: int = 1) -> str:
+    """Break-even prices in words; `fewest` is the smallest count that was measured."""
+    if not steps:
+        return f"{fewest} loop{'s' if fewest > 1 else ''} at any price"
+    return ", ".join(f"{step.loops} loops below {step.below:.2g}" for step in steps) + f", else {fewest}"
