@@ -153,7 +153,7 @@ def _print_sweep(told: dict[str, Any]) -> None:
         seeds = f"{answer['seeds']} seed{'s' if answer['seeds'] > 1 else ''}"
         table = _table(
             f"Trained on {told['data']}, offset {answer['offset']}, memory {answer['memory']}, {seeds}",
-            "Held-out loss in nats per token with 95 % interval; work of a token's forward; keys and values in 16 bits.",
+            "Held-out loss in nats per token, 95 % interval; forward work of a token; keys and values in 16 bits.",
             ("loops", "loss [95 %]", "MFLOP/token", "KV bytes/token", "+ fixed", "learning rate"),
         )
         for row in answer["loops"]:
@@ -164,13 +164,14 @@ def _print_sweep(told: dict[str, Any]) -> None:
         stdout.print(table)
         verdict = answer["recommended_loops"] or f"undetermined: {answer['why_undetermined']}"
         support = ", ".join(f"{loops}: {share:.0%}" for loops, share in answer["support"].items())
-        prices = ", ".join(f"{step['loops']} loops below {step['below']:.2g}" for step in answer["break_even"])
         fewest = answer["loops"][0]["loops"]
+        prices = ", ".join(f"{step['loops']} loops below {step['below']:.2g}" for step in answer["break_even"])
+        prices = f"{prices}, else {fewest}" if prices else f"{fewest} at any price"
         for line in (
             f"Train with how many loops? (measured)  {verdict}",
             f"    support  {support}",
             f"    price    {told['price_nats_per_loop']:g} nats per token and extra loop",
-            f"    break-even prices, by mean loss: {prices + f', else {fewest}' if prices else f'{fewest} at any price'}",
+            f"    break-even prices, by mean loss: {prices}",
             f"    left out: {answer['leaves_out']}\n",
         ):
             stdout.print(line, markup=False, highlight=False, soft_wrap=True)
