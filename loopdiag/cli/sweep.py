@@ -277,8 +277,7 @@ def _own_process() -> int:
     """
     rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK")
     if local is not None:
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = devices.split(",") if devices else [local]
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", local).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local) % len(names)]
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

@@ -27,13 +27,14 @@ class Decomposition:
         tax(R)  = L_on(R) - L_off(R)      what the offset costs
         net(R)  = L_on(R') - L_on(R)      what a loop brings with the offset, computed on its own
 
-    so that net(R) = gain(R) - (tax(R) - tax(R')). NaN where a model is missing; gain and net have no first count.
+    so that net(R) = gain(R) - rise(R), the rise of the tax being tax(R) - tax(R'). NaN where a model is missing; gain,
+    rise and net have no first count.
 
     Attributes:
         memory: Whose keys and values later loops read.
         loops: Loop counts.
-        gain, tax, net: As above.
-        helped, harmed: Of each of the three, what it gives to the tokens that it helps and takes from those that it
+        gain, tax, net, rise: As above.
+        helped, harmed: Of gain, tax and net, what it gives to the tokens that it helps and takes from those that it
             harms: gain and net are helped - harmed, tax is harmed - helped.
         loss_on, loss_off: Held-out losses.
         seeds: Trainings of each model.
@@ -46,6 +47,7 @@ class Decomposition:
     gain: Estimate
     tax: Estimate
     net: Estimate
+    rise: Estimate
     helped: dict[str, Estimate]
     harmed: dict[str, Estimate]
     loss_on: Estimate
@@ -94,6 +96,7 @@ def decompose(
         gain=estimate(one_fewer(off["nll"]) - off["nll"]),
         tax=estimate(on["nll"] - off["nll"]),
         net=estimate(one_fewer(on["nll"]) - on["nll"]),
+        rise=estimate(on["nll"] - off["nll"] - one_fewer(on["nll"] - off["nll"])),
         helped={
             "gain": estimate(off["loop_helped"]),
             "tax": estimate(on["offset_helped"]),
@@ -274,3 +277,105 @@ def _student_noise(deviations: Float[np.ndarray, "seed loop"], draws: int, seed:
     random = np.random.default_rng((seed, 1))
     normal = random.standard_normal((draws, n)) @ deviations / np.sqrt(n * (n - 1))
     return normal * np.sqrt((n - 1) / random.chisquare(n - 1, (draws, 1)))
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Held-out losses of the models of one offset and memory, in nats per token; NaN where none is trained.
+
+    Attributes:
+        offset, memory: Of the models.
+        loops: Loop counts.
+        nll: Means [loops] over the seeds that have the model.
+        by_seed: Of each training [seed, loops].
+        over: What the 95 % intervals are over, as in `Decomposition`.
+    """
+
+    offset: int
+    memory: str
+    loops: np.ndarray
+    nll: Estimate
+    by_seed: Float[np.ndarray, "seed loops"]
+    over: Literal["seeds", "documents"]
+
+
+def loss_curves(losses: SweepLosses, memory: str | None = None, *, seed: int = 0) -> list[LossCurve]:
+    """Held-out losses over the loop counts, a curve for each memory and offset, the standard ones first.
+
+    Args:
+        losses: A sweep.
+        memory: Only of this one; of all when None.
+        seed: Of the bootstrap over documents.
+
+    Raises:
+        SweepError: The sweep has no such memory.
+    """
+    memories = losses.data["memory"].values if memory is None else [memory]
+    found = []
+    for name in map(str, memories):
+        data = _of(losses, name, None)
+        for offset in data["offset"].values:
+            nll = data["nll"].sel(offset=offset).transpose("seed", "document", "loops")
+            over, by_seed = _over(data), nll.mean("document", skipna=False).values
+            curve = _estimate(nll, over, seed)
+            found.append(LossCurve(int(offset), name, data["loops"].values, curve, by_seed, over))
+    return found
+
+
+@dataclass(frozen=True)
+class OverTraining:
+    """What loops and the offset brought while the models trained, in nats per token [look, loops].
+
+    The schedule anneals to the full budget, so that an early look is not what a shorter training would have given.
+
+    Attributes:
+        memory: Whose keys and values later loops read.
+        tokens: Training tokens at each look.
+        loops: Loop counts.
+        above: By offset, the loss above that of the smallest loop count at the same tokens.
+        tax: What the offset costs; None in a sweep of one offset.
+        seeds: Trainings of each model.
+        over: What the 95 % intervals are over, as in `Decomposition`.
+    """
+
+    memory: str
+    tokens: np.ndarray
+    loops: np.ndarray
+    above: dict[int, Estimate]
+    tax: Estimate | None
+    seeds: int
+    over: Literal["seeds", "documents"]
+
+
+def over_training(losses: SweepLosses, memory: str | None = None, *, seed: int = 0) -> OverTraining:
+    """Compare loop counts, and the offset with none, at every look at the models in training.
+
+    Args:
+        losses: A sweep.
+        memory: Of several in the sweep, which; the first when None.
+        seed: Of the bootstrap over documents.
+
+    Raises:
+        SweepError: The sweep has no such memory.
+    """
+    data = _of(losses, memory, None)
+    over = _over(data)
+    nll = data["nll_look"].astype(float)
+
+    def estimate(values: xr.DataArray) -> Estimate:
+        return _estimate(values.transpose("seed", "document", "look", "loops"), over, seed)
+
+    return OverTraining(
+        memory=str(data["memory"].item()),
+        tokens=data["look"].values,
+        loops=data["loops"].values,
+        above={int(offset): estimate((nll - nll.isel(loops=0)).sel(offset=offset)) for offset in data["offset"].values},
+        tax=estimate(nll.isel(offset=0) - nll.isel(offset=-1)) if data.sizes["offset"] > 1 else None,
+        seeds=data.sizes["seed"],
+        over=over,
+    )
+
+
+def _over(data: xr.Dataset) -> Literal["seeds", "documents"]:
+    """What intervals are over where nobody says it."""
+    return "seeds" if data.sizes["seed"] >= CLAIM else "documents"

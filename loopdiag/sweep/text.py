@@ -98,8 +98,13 @@ def prepare(
         halves[record["split"]].append(Document(record["text"], record["name"], record["source"]))
     kept = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     return Text(
-        np.load(folder / "stream.npy", mmap_mode="r"), Corpus(data, tuple(halves["fit"]), tuple(halves["report"])), kept
+        np.load(folder / "stream.npy", mmap_mode="r"), Corpus(_name(data), tuple(halves["fit"]), tuple(halves["report"])), kept
     )
+
+
+def _name(data: str) -> str:
+    """Of a path its last part, as `corpus.read` names what it reads."""
+    return Path(data).resolve().name if Path(data).exists() else data
 
 
 def _made(data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None) -> Text:

@@ -1,0 +1,145 @@
+"""The families of the backtest: what each is trained on, how large it is, and which half of the backtest it is in.
+
+    python benchmarks/families.py [NAME ...]
+
+trains those that are not trained yet, all when none is named, into benchmarks/sweeps; any number of processes may share
+the work, and a stopped one goes on. On two cores all of them take about eight hours.
+
+The halves were fixed, by data, before any of these was trained: on `choose` the combination of lenses is chosen, and
+`unseen` is looked at once, for the score that is reported. `code` is in the first half because the bundled models,
+trained on the same text, had been looked at before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loopdiag.files import whole
+from loopdiag.model.config import LoopedConfig, Memory
+from loopdiag.sweep import sources
+from loopdiag.sweep.grid import Grid
+from loopdiag.sweep.planning import plan
+from loopdiag.sweep.running import sweep
+
+SWEEPS = Path(__file__).parent / "sweeps"
+LOOPS = (1, 2, 3, 4)
+RATES = (1.5e-3, 3e-3, 6e-3)
+NARROW = LoopedConfig(
+    vocab_size=1,  # the tokenizer's
+    d_model=64,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=2,
+    d_head=32,
+    d_mlp=192,
+    n_ctx=256,
+    n_loops=1,
+    window=17,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One sweep; every offset and memory of it is one family of the backtest.
+
+    Attributes:
+        name: Folder of the sweep.
+        half: Of the backtest.
+        data: What it is trained on.
+        size: Of the models.
+        tokens: Training tokens of each.
+        batch_size: Sequences of a batch; about 8,192 tokens when None.
+        memories, seeds: Of the grid.
+    """
+
+    name: str
+    half: Literal["choose", "unseen"]
+    data: str
+    size: str | LoopedConfig
+    tokens: int
+    batch_size: int | None = None
+    memories: tuple[Memory, ...] = ("first",)
+    seeds: int = 1
+
+
+FAMILIES = (
+    Family("code", "choose", "bundled", "tiny", 3_276_800, memories=("first", "own"), seeds=3),
+    Family("p_hop", "choose", "p_hop", NARROW, 1_500_000, batch_size=16, memories=("first", "own")),
+    Family("addition", "choose", "addition", NARROW, 3_000_000, batch_size=16),
+    Family("docstrings", "unseen", "docstrings", "tiny", 3_276_800),
+    Family("permutations", "unseen", "permutations", NARROW, 3_000_000, batch_size=16, memories=("first", "own")),
+    Family("brackets", "unseen", "brackets", NARROW, 1_500_000, batch_size=16),
+    Family("unigram", "unseen", "unigram", NARROW, 1_000_000, batch_size=16),
+    Family("code-narrow", "unseen", "bundled", NARROW, 3_276_800),
+)
+
+
+def docstrings(file: Path) -> Path:
+    """Natural text that ships with packages: their docstrings, one document per module, its package the source."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as partial, partial.open("w", encoding="utf-8") as out:
+            for package in (*sources.TRAINING_PACKAGES, *sources.HELD_OUT_PACKAGES):
+                for module in sorted(sources.package_files(package), key=lambda module: module.key):
+                    text = "\n\n".join(_docstrings(module.text))
+                    if len(text) > 1000:
+                        record = {"text": text, "source": package}
+                        out.write(json.dumps(record) + "\n")
+    return file
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions, without examples, which are code."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield "\n".join(line for line in text.split("\n") if not line.lstrip().startswith((">>>", "...")))
+
+
+def train(family: Family) -> None:
+    """Train what is missing of a sweep."""
+    folder = SWEEPS / family.name
+    data = family.data
+    if data == "docstrings":
+        data = str(docstrings(SWEEPS / family.name / "text" / "docstrings.jsonl"))
+    grid = Grid(LOOPS, (1, 0), family.memories, tuple(range(family.seeds)))
+    planned = plan(
+        data,
+        folder,
+        grid,
+        tokens=family.tokens,
+        size=family.size,
+        rates=RATES,
+        batch_size=family.batch_size,
+        measures=("prediction", "readouts", "motion", "diversity", "offset", "attention"),
+        compiled=True,
+    )
+    print(f"{family.name}: {len(grid.cells())} models of {planned.recipe.tokens:,} tokens", flush=True)
+    sweep(planned, grid, folder, lambda what, done, of: print(f"  {what} {done}/{of}") if done in (0, of) else None)
+
+
+def main() -> None:
+    """Train families."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(family.name for family in FAMILIES))
+    names = parser.parse_args().names
+    known = {family.name: family for family in FAMILIES}
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no family {unknown[0]}: allowed are {', '.join(known)}.")
+    for name in names or known:
+        train(known[name])
+
+
+if __name__ == "__main__":
+    main()
