@@ -34,6 +34,20 @@ def resampled_means(
     return np.tensordot(picks, sums, axes=1) / counts.reshape(-1, *[1] * (values.ndim - 1))
 
 
+def resampled_nanmeans(
+    values: Float[np.ndarray, "document ..."], sources: Sequence[str] | np.ndarray, seed: int = 0
+) -> Float[np.ndarray, "draw ..."]:
+    """`resampled_means` over the documents that have a value; NaN where a resample has none of them."""
+    there = ~np.isnan(values)
+    if there.all():
+        return resampled_means(values, sources, seed=seed)
+    sums, counts = (
+        resampled_means(part.astype(float), sources, seed=seed) for part in (np.where(there, values, 0.0), there)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums / counts
+
+
 def interval(draws: Float[np.ndarray, "draw ..."]) -> tuple[np.ndarray, np.ndarray]:
     """The 95 % percentile interval."""
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from loopdiag.bootstrap import interval, resampled_means
+from loopdiag.bootstrap import interval, resampled_means, resampled_nanmeans
 from loopdiag.diagnosis import Diagnosis, DiagnosisError
 from loopdiag.measures.exit_rules import ORACLE, RULES
 from loopdiag.measures.motion import ABOVE_NOISE
@@ -110,16 +110,9 @@ def estimate(values: xr.DataArray, *, seed: int = 0) -> Estimate:
         return Estimate(values.values, nothing, nothing)
     array = values.transpose("document", ...).values
     there = ~np.isnan(array)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample without a value has no mean
-        filled = np.where(there, array, 0.0)
-        mean = filled.sum(0) / there.sum(0)
-        if there.all():
-            draws = resampled_means(array, values["source"].values, seed=seed)
-        else:
-            sums, counts = (
-                resampled_means(part.astype(float), values["source"].values, seed=seed) for part in (filled, there)
-            )
-            draws = sums / counts
+    with np.errstate(invalid="ignore", divide="ignore"):  # no document may have a value
+        mean = np.where(there, array, 0.0).sum(0) / there.sum(0)
+    draws = resampled_nanmeans(array, values["source"].values, seed=seed)
     _, cluster = np.unique(values["source"].values, return_inverse=True)
     alone = sum(there[cluster == each].any(0).astype(int) for each in np.unique(cluster)) < 2
     low, high = np.nanpercentile(np.where(alone, 0.0, draws), (2.5, 97.5), axis=0)

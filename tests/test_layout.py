@@ -15,7 +15,7 @@ PACKAGE = Path(loopdiag.__file__).parent
 # A room may import what stands to its left, and itself. `files` and `bootstrap` are for all.
 ROOMS = (
     *("errors", "files", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "results", "diagnosis"),
-    *("summary", "gaincost", "plots", "report", "cli"),
+    *("losses", "summary", "gaincost", "plots", "report", "cli"),
 )
 # Side rooms use what stands left of gaincost, and only report and cli use them.
 SIDE_ROOMS = ("interventions", "probing", "monitor", "sweep")
@@ -194,6 +194,10 @@ def late():
         ("monitor", "diagnosis", True),
         ("plots", "monitor", False),
         ("gaincost", "sweep", False),
+        ("gaincost", "losses", True),
+        ("sweep", "losses", True),
+        ("losses", "sweep", False),
+        ("losses", "gaincost", False),
         ("plots", "sweep", False),
         ("cli", "sweep", True),
         ("cli", "model", True),

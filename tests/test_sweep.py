@@ -120,7 +120,7 @@ def test_a_cell_is_its_configuration():
 
 @pytest.fixture(scope="module")
 def matched(tmp_path_factory):
-    """Every wiring trained with one loop and with two, one with four: first weights, batches, last weights, losses on the way."""
+    """Every wiring at one loop and at two, one at four: first weights, batches, last weights, losses on the way."""
     folder, found = tmp_path_factory.mktemp("matched"), {}
     step = LoopedTrainer.training_step
     # Seen more than once, so that the order of a second round counts, too.

@@ -55,7 +55,7 @@ from loopdiag.cli.output import (
     stdout,
     tell,
 )
-from loopdiag.cli.runs import Checkpoint, Run
+from loopdiag.cli.runs import SWEEP, Checkpoint, Run
 from loopdiag.cli.sweep import recommend_from_sweep
 from loopdiag.cli.sweep import sweep as run_sweep
 from loopdiag.errors import InputError
@@ -102,12 +102,14 @@ def recommend(
             raise InputError(
                 f"--price {price} is out of range: allowed is a number >= 0, in nats per token and loop. Try 0.01."
             )
-        to_json = json_file(json, save, Path(model), of="--json, --save and a saved diagnosis that is read")
+        to_json = json_file(json, save, Path(model), Path(model) / SWEEP, of="--json, --save and what is read")
         check_outputs(to_json, save, folder=figures, quiet=quiet)
         checkpoint = Checkpoint(model, revision, offline, device, dtype)
         run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
         if losses := run.losses():
-            answered = recommend_from_sweep(losses, price, seed, json, figures)
+            if save:
+                raise InputError(f"--save keeps a diagnosis, and {model} is a sweep, which is kept: leave it out.")
+            answered = recommend_from_sweep(losses, price, seed, json, figures, quiet)
             raise typer.Exit(Exit.ANSWERED if answered else Exit.UNDETERMINED)
         diagnosis = run.diagnosis(needs="prediction")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from loopdiag.losses import SweepLosses
     from loopdiag.model import LoopedLM
 
-SWEEP = "sweep.nc"  # that of `loopdiag.sweep`, which would load torch
+SWEEP, SWEEP_SETTINGS = "sweep.nc", "sweep.json"  # those of `loopdiag.sweep`, which would load torch
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class Checkpoint:
                 revision=self.revision,
                 local_files_only=self.offline,
             )
+
+
+def _kind(file: Path) -> str | None:
+    """What a file of results says it holds; None where it does not say."""
+    import xarray as xr
+
+    try:
+        with warnings.catch_warnings(action="ignore"), xr.open_dataset(file, engine="h5netcdf") as data:
+            return data.attrs.get("kind")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,14 @@ class Run:
     def losses(self) -> SweepLosses | None:
         """The losses of a sweep, where the model is the folder or the file of one."""
         given = Path(self.checkpoint.model)
-        file = given if given.name == SWEEP else given / SWEEP
+        file = given / SWEEP if given.is_dir() else given
         if not file.is_file():
+            if (given / SWEEP_SETTINGS).is_file():
+                raise InputError(
+                    f"{given} is a sweep that has no finished model yet: `loopdiag sweep` goes on with it."
+                )
+            return None
+        if (_kind(file) or file.stem) != "sweep":
             return None
         self._check()
         self._settled("the sweep")

@@ -128,16 +128,26 @@ def sweep(
             stdout.print(str(out / RESULT), markup=False, highlight=False, soft_wrap=True)
 
 
-def recommend_from_sweep(losses: SweepLosses, price: float, seed: int, json: str | None, figures: Path | None) -> bool:
-    """Answer how many loops to train with from measured losses; whether the standard wiring has an answer."""
-    from loopdiag.gaincost import recommend_training
+def recommend_from_sweep(
+    losses: SweepLosses, price: float, seed: int, json: str | None, figures: Path | None, quiet: bool
+) -> bool:
+    """Answer how many loops to train with from measured losses; whether the first wiring there has an answer."""
+    from loopdiag.gaincost import TrainingRecommendation, recommend_training
     from loopdiag.gaincost.answer import sweep_answer
+    from loopdiag.losses import SweepError
 
-    answers = [
-        recommend_training(losses, price, offset=int(offset), memory=str(memory), seed=seed)
-        for memory in losses.data["memory"].values
-        for offset in losses.data["offset"].values
-    ]
+    answers: list[TrainingRecommendation] = []
+    missing: list[SweepError] = []
+    for memory in losses.data["memory"].values:
+        for offset in losses.data["offset"].values:
+            try:
+                answers.append(recommend_training(losses, price, offset=int(offset), memory=str(memory), seed=seed))
+            except SweepError as error:
+                missing.append(error)
+    if not answers:
+        raise missing[0]
+    for error in missing if not quiet else ():
+        note(str(error))
     told = sweep_answer(losses, answers, seed)
     if figures:
         from loopdiag import plots
@@ -189,7 +199,9 @@ def _print_sweep(told: dict[str, Any]) -> None:
 
 
 def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
-    table = Table(title=title, caption=caption, box=None, title_justify="left", caption_justify="left", pad_edge=False)
+    table = Table(
+        title=escape(title), caption=caption, box=None, title_justify="left", caption_justify="left", pad_edge=False
+    )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

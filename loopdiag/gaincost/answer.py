@@ -82,7 +82,7 @@ def sweep_answer(losses: SweepLosses, answers: Sequence[TrainingRecommendation],
 
     Args:
         losses: A sweep.
-        answers: The recommendation for each memory and offset, the standard one first.
+        answers: The recommendation for each memory and offset that has one, the standard one first.
         seed: Of the draws.
     """
     return {
@@ -119,7 +119,7 @@ def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, A
                 "loops": loops,
                 **_estimated("nll", answer.nll, index),
                 **{
-                    name: float(place[name].sel(loops=loops))
+                    name: _number(place[name].sel(loops=loops).item())
                     for name in ("learning_rate", "flops", "kv_bytes", "kv_bytes_fixed")
                 },
             }

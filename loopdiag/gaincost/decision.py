@@ -7,12 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from loopdiag.bootstrap import resampled_means
+from loopdiag.bootstrap import resampled_means, resampled_nanmeans
 from loopdiag.diagnosis import Diagnosis
-from loopdiag.gaincost.lenses import INPUTS, lens_picks
-from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, pick
-
-FEWEST_SOURCES = 5  # fewer cannot say how much sources differ, and every error would come out too small
+from loopdiag.gaincost.lenses import INPUTS, combine, lens_picks
+from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, few_sources, pick
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Recommendation:
         break_even: At which prices the best count changes, by mean utility, the largest count first.
         predicted_training_loops: Question 2, predicted from the lenses; provisional, since how they are combined is not
             backtested yet. None where no lens has an opinion.
+        predicted_support: For each loop count, how often it is predicted over bootstrap resamples of the documents.
         lenses: Each lens' own pick.
         trained_loops: Loops the model was trained with.
         model: Which model.
@@ -45,6 +44,7 @@ class Recommendation:
     contenders: tuple[int, ...]
     break_even: tuple[BreakEven, ...]
     predicted_training_loops: int | None
+    predicted_support: dict[int, float]
     lenses: dict[str, int]
     trained_loops: int
     model: str
@@ -94,13 +94,9 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
     draws = resampled_means(nll, sources, seed=seed)
     errors = (draws[:, :, None] - draws[:, None, :]).std(0)  # [loop, loop]
     picked = pick(nll.mean(0), draws, errors, loops, price)
-    why = picked.why
-    if len(loops) > 1 and len(np.unique(sources)) < FEWEST_SOURCES:
-        why = f"the documents come from fewer than {FEWEST_SOURCES} sources, too few to tell how sure an answer is"
+    why = few_sources(sources, loops) or picked.why
     about = diagnosis.provenance
-    # Lenses compare what each loop does with the loop before: where loops were left out, they have no opinion.
-    measured = [name for name in INPUTS if name in diagnosis.data] if len(loops) == loops[-1] else []
-    lenses = lens_picks({name: diagnosis.data[name].mean("document").values for name in measured})
+    lenses, predicted = predict(diagnosis, seed=seed)
     return Recommendation(
         verdict="undetermined" if why else "recommended",
         recommended_loops=None if why else picked.loops,
@@ -110,9 +106,32 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
         support=picked.support,
         contenders=picked.contenders,
         break_even=break_even(nll.mean(0), loops),
-        predicted_training_loops=sorted(lenses.values())[(len(lenses) - 1) // 2] if lenses else None,
+        predicted_training_loops=combine(lenses),
+        predicted_support=predicted,
         lenses=lenses,
         trained_loops=about["trained_loops"],
         model=about["model"],
         seed=seed,
     )
+
+
+def predict(diagnosis: Diagnosis, *, seed: int = 0) -> tuple[dict[str, int], dict[int, float]]:
+    """What the lenses predict from a diagnosis: each one's pick, and how often each count is predicted over resamples.
+
+    Lenses compare what each loop does with the loop before: where loops were left out, they have no opinion.
+    """
+    loops = diagnosis.loops
+    if len(loops) < loops[-1]:
+        return {}, {}
+    curves = {
+        name: diagnosis.data[name].mean([dim for dim in diagnosis.data[name].dims if dim not in ("document", "loop")])
+        for name in INPUTS
+        if name in diagnosis.data
+    }
+    sources = diagnosis.data["source"].values
+    draws = {name: resampled_nanmeans(curve.values, sources, seed=seed) for name, curve in curves.items()}
+    lenses = lens_picks({name: curve.mean("document").values for name, curve in curves.items()})
+    if not lenses:
+        return {}, {}
+    picks = [combine(lens_picks(dict(zip(draws, draw, strict=True)))) for draw in zip(*draws.values(), strict=True)]
+    return lenses, {int(loop): sum(pick == loop for pick in picks) / len(picks) for loop in loops}

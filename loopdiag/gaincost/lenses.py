@@ -42,17 +42,27 @@ def paper_rule(effective_rank: PerLoop) -> int | None:
 
 def shift_knee(output_shift: PerLoop) -> int | None:
     """The loop after which the output shift falls by the largest factor, of 2..R; the last loop if it never falls."""
-    shift = np.maximum(output_shift[2:], LEAST)
-    if len(shift) < 2 or np.isnan(shift).any():
+    return _knee(output_shift)
+
+
+def attention_freeze(attention_kl: PerLoop) -> int | None:
+    """Likewise of what attention moves from the loop before: the last loop before it freezes."""
+    return _knee(attention_kl)
+
+
+def _knee(curve: PerLoop) -> int | None:
+    moved = np.maximum(curve[2:], LEAST)
+    if len(moved) < 2 or np.isnan(moved).any():
         return None
-    fall = shift[:-1] / shift[1:]
-    return int(fall.argmax()) + 2 if fall.max() > 1 else len(output_shift) - 1
+    fall = moved[:-1] / moved[1:]
+    return int(fall.argmax()) + 2 if fall.max() > 1 else len(curve) - 1
 
 
 LENSES: dict[str, tuple[Callable[..., int | None], tuple[str, ...]]] = {
     "cost_gain": (cost_gain, ("gain", "cost")),
     "rank_peak": (rank_peak, ("effective_rank",)),
     "shift_knee": (shift_knee, ("output_shift",)),
+    "attention_freeze": (attention_freeze, ("attention_kl",)),
     "paper_rule": (paper_rule, ("effective_rank",)),
 }
 INPUTS = sorted({name for _, needed in LENSES.values() for name in needed})
@@ -66,3 +76,8 @@ def lens_picks(curves: Mapping[str, PerLoop]) -> dict[str, int]:
         if all(curve in curves for curve in needed)
     }
     return {name: pick for name, pick in picks.items() if pick is not None}
+
+
+def combine(picks: Mapping[str, int]) -> int | None:
+    """One prediction from the lenses' picks: their lower median; None where no lens has an opinion."""
+    return sorted(picks.values())[(len(picks) - 1) // 2] if picks else None

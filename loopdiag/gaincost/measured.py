@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from loopdiag.bootstrap import interval, resampled_means, student_interval
-from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, pick
+from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, few_sources, pick
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.summary import Estimate
 
@@ -61,10 +62,12 @@ def decompose(
     memory: str | None = None,
     *,
     over: Literal["seeds", "documents"] | None = None,
-    seeds: list[int] | None = None,
+    seeds: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Decomposition:
     """Split what each loop count brings into a gain and a tax.
+
+    Seeds that lack a model are left out, as long as one has them all.
 
     Args:
         losses: A sweep with the offset on and off.
@@ -75,10 +78,16 @@ def decompose(
 
     Raises:
         SweepError: The sweep has one offset only, or no such memory or seed, or too few seeds for intervals over them.
+        ValueError: Intervals over anything else.
     """
+    if over not in (None, "seeds", "documents"):
+        raise ValueError(f"over = {over!r} is not allowed: intervals are over 'seeds' or 'documents'.")
     data = _of(losses, memory, seeds)
     if data.sizes["offset"] < 2:
         raise SweepError("This sweep has models with one offset only: the tax of an offset needs both, on and off.")
+    complete = np.flatnonzero(np.isfinite(data["nll"]).all(("offset", "loops", "document")))
+    if len(complete):
+        data = data.isel(seed=complete)
     over = over or ("seeds" if data.sizes["seed"] >= CLAIM else "documents")
     if over == "seeds" and data.sizes["seed"] < 2:
         raise SweepError("One seed cannot say how much trainings differ: train more, or take intervals over documents.")
@@ -194,12 +203,13 @@ def recommend_training(
     nll = every.isel(seed=np.flatnonzero(np.isfinite(every.values).all((1, 2))))
     if not nll.sizes["seed"]:
         raise SweepError(
-            f"No seed of this sweep has all loop counts {_listed(data['loops'])} with offset {offset} yet: run "
-            "`loopdiag sweep` with the same settings again, which goes on."
+            f"No seed of this sweep has losses of all loop counts {_listed(data['loops'])} with offset {offset}, memory "
+            f"{data['memory'].item()}, yet: run `loopdiag sweep` with the same settings again, which goes on."
         )
     loops = data["loops"].values
     means = nll.mean("document").values  # [seed, loops]
-    draws = resampled_means(nll.mean("seed").values, data["source"].values, seed=seed)
+    sources = data["source"].values
+    draws = resampled_means(nll.mean("seed").values, sources, seed=seed)
     variances = _paired(draws, lambda differences: differences.var(0))
     left_out = "other documents than these are drawn, other seeds are not: one training of each may tell another story"
     if len(means) >= CLAIM:
@@ -210,11 +220,12 @@ def recommend_training(
     elif len(means) > 1:
         left_out = f"{len(means)} seeds cannot say how much trainings differ; three can"
     picked = pick(means.mean(0), draws, np.sqrt(variances), loops, price)
+    why = few_sources(sources, loops) or picked.why
     return TrainingRecommendation(
-        verdict="undetermined" if picked.why else "recommended",
-        recommended_loops=None if picked.why else picked.loops,
+        verdict="undetermined" if why else "recommended",
+        recommended_loops=None if why else picked.loops,
         pick=picked.loops,
-        why=picked.why,
+        why=why,
         price=price,
         support=picked.support,
         contenders=picked.contenders,
@@ -229,7 +240,7 @@ def recommend_training(
     )
 
 
-def _of(losses: SweepLosses, memory: str | None, seeds: list[int] | None) -> xr.Dataset:
+def _of(losses: SweepLosses, memory: str | None, seeds: Sequence[int] | None) -> xr.Dataset:
     """The models of one memory."""
     memories = [str(name) for name in losses.data["memory"].values]
     if memory is not None and memory not in memories:
@@ -237,9 +248,9 @@ def _of(losses: SweepLosses, memory: str | None, seeds: list[int] | None) -> xr.
     data = losses.data.sel(memory=memory or memories[0])
     if seeds is None:
         return data
-    if not seeds or not set(seeds) <= set(data["seed"].values.tolist()):
-        raise SweepError(f"This sweep has no seeds {seeds}: it has {_listed(data['seed'])}.")
-    return data.sel(seed=seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or not set(seeds) <= set(data["seed"].values.tolist()):
+        raise SweepError(f"seeds = {list(seeds)} is not allowed: give different ones of {_listed(data['seed'])}.")
+    return data.sel(seed=list(seeds))
 
 
 def _listed(values: xr.DataArray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Float
 PRICE = 0.01
 CONTENDER = 0.10
 MAJORITY = 0.50
+FEWEST_SOURCES = 5  # fewer cannot say how much sources differ, and every error would come out too small
 ROUNDING = 1e-9  # nats; differences below it are arithmetic
 
 PerLoop = Float[np.ndarray, " loop"]
@@ -84,6 +86,13 @@ def pick(
     support = {int(count): float((picks == index).mean()) for index, count in enumerate(loops)}
     why = _doubt(utility, resampled, picked, support[int(loops[picked])], price, loops)
     return Pick(int(loops[picked]), support, why)
+
+
+def few_sources(sources: Sequence[str] | np.ndarray, loops: np.ndarray) -> str:
+    """Why no pick among these counts stands on documents of these sources; empty where they are enough."""
+    if len(loops) > 1 and len(np.unique(sources)) < FEWEST_SOURCES:
+        return f"the documents come from fewer than {FEWEST_SOURCES} sources, too few to tell how sure an answer is"
+    return ""
 
 
 def _rule(utility: PerLoop, errors: Float[np.ndarray, "loop loop"]) -> int:

@@ -97,9 +97,8 @@ def prepare(
     for record in records:
         halves[record["split"]].append(Document(record["text"], record["name"], record["source"]))
     kept = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return Text(
-        np.load(folder / "stream.npy", mmap_mode="r"), Corpus(_name(data), tuple(halves["fit"]), tuple(halves["report"])), kept
-    )
+    held_out = Corpus(_name(data), tuple(halves["fit"]), tuple(halves["report"]))
+    return Text(np.load(folder / "stream.npy", mmap_mode="r"), held_out, kept)
 
 
 def _name(data: str) -> str:
