@@ -54,7 +54,7 @@ class Family:
         data: What it is trained on.
         size: Of the models.
         tokens: Training tokens of each.
-        batch_size: Sequences of a batch; about 8,192 tokens when None.
+        batch_size: Sequences of a batch; about 1,600 updates when None.
         memories, seeds: Of the grid.
     """
 

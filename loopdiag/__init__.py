@@ -24,12 +24,15 @@ _PUBLIC = {
     "LoopedConfig": "loopdiag.model",
     "LoopedLM": "loopdiag.model",
     "Recommendation": "loopdiag.gaincost",
+    "SweepLosses": "loopdiag.losses",
     "bundled_models": "loopdiag.model",
+    "decompose": "loopdiag.gaincost",
     "diagnose": "loopdiag.diagnosis",
     "gain_cost": "loopdiag.gaincost",
     "intervene": "loopdiag.interventions",
     "load": "loopdiag.model",
     "recommend": "loopdiag.gaincost",
+    "recommend_training": "loopdiag.gaincost",
     "record": "loopdiag.trace",
 }
 _ROOMS = ("corpus", "interventions", "measures", "plots")
@@ -45,10 +48,13 @@ if TYPE_CHECKING:
     from loopdiag.diagnosis import diagnose as diagnose
     from loopdiag.gaincost import GainCost as GainCost
     from loopdiag.gaincost import Recommendation as Recommendation
+    from loopdiag.gaincost import decompose as decompose
     from loopdiag.gaincost import gain_cost as gain_cost
     from loopdiag.gaincost import recommend as recommend
+    from loopdiag.gaincost import recommend_training as recommend_training
     from loopdiag.interventions import Effects as Effects
     from loopdiag.interventions import intervene as intervene
+    from loopdiag.losses import SweepLosses as SweepLosses
     from loopdiag.model import LoopedConfig as LoopedConfig
     from loopdiag.model import LoopedLM as LoopedLM
     from loopdiag.model import bundled_models as bundled_models

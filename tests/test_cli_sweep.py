@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from test_cli import expect_refusal, run
 from test_sweep import SMALL, texts
 
 from loopdiag.losses import SweepLosses
+from loopdiag.model import facts
 from loopdiag.sweep import running
 
 FAST = ["--no-compile", "--no-bf16"]
@@ -100,7 +101,7 @@ def asked(tmp_path_factory):
         (["--from", "tiny-plt-2", "--size", "tiny", "--loops", "1,3"], "tiny-plt-2 has 2 loops, offset 1 and memory"),
         (["--from", "nobody", "--size", "tiny"], "There is no model 'nobody'"),
         (["--diagnose", "everything"], "Unknown measures: everything. Allowed are default, all, and the groups"),
-        (["--seeds", "many"], "'many' is not a valid int"),
+        (["--seeds", "many"], "unable to parse string as an integer"),
     ],
 )
 def test_bad_arguments(asked, tmp_path, monkeypatch, arguments, said):
@@ -129,7 +130,9 @@ def test_a_plan_trains_nothing(asked, tmp_path, monkeypatch):
         assert (
             "texts: 384 tokens to train on; held out are 8 documents to choose learning rates on, 8 to report" in said
         )
-        assert "14 models of 34,657 parameters, 384 tokens each, in batches of 4 x 32; 14 still to train" in said
+        parameters = facts.parameters(replace(SMALL, vocab_size=2048)).once
+        each = f"14 models of {parameters:,} parameters, 384 tokens each, in batches of 4 x 32; 14 still to train"
+        assert each in said
         assert f"{14 * 384 + 7 * 3 * 128:,} tokens in all: about 0 h 0" in said
         assert "min by one process" in said
     assert not (tmp_path / "cells").exists()
@@ -281,22 +284,18 @@ def test_two_processes_share_one_folder(asked, tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_shares_the_models_out(asked, tmp_path):
-    """Its processes train models of their own, none of them together; the first one says where the result is."""
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
+@pytest.mark.parametrize(("kind", "processes"), [("--multi_gpu", 2), ("--cpu", 1)])
+def test_accelerate_launch_shares_the_models_out(asked, tmp_path, kind, processes):
+    """Its processes train models of their own, none of them together; the first one says where the result is.
+
+    With `--cpu`, accelerate starts one process whatever it is told, unless it has mpirun.
+    """
+    launch = [sys.executable, "-m", "accelerate.commands.launch", kind, "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "noted_sweep", "sweep", *map(str, asked)]
+    settings = ["--lr", "0.01", "--seeds", "2", "--loops", "1,2"]
     done = subprocess.run(
-        [*launch, "--lr", "0.01", "--seeds", "2", "--loops", "1,2", "--out", str(tmp_path / "out")],
-        env=environment(tmp_path / "work", 2),
+        [*launch, *settings, "--out", str(tmp_path / "out")],
+        env=environment(tmp_path / "work", processes),
         capture_output=True,
         text=True,
     )
@@ -305,10 +304,25 @@ def test_accelerate_launch_shares_the_models_out(asked, tmp_path):
     assert done.stderr.count("6 still to train") == 1
     runs = trained(tmp_path / "work")
     assert len(runs) == len({run["what"] for run in runs}) == 6
-    assert len({run["process"] for run in runs}) == 2
+    assert len({run["process"] for run in runs}) == processes
     # As one process makes them.
-    alone = run(
-        "sweep", *asked, "--lr", "0.01", "--seeds", "2", "--loops", "1,2", "--out", tmp_path / "alone", "--quiet"
-    )
+    alone = run("sweep", *asked, *settings, "--out", tmp_path / "alone", "--quiet")
     assert alone.exit_code == 0, alone.output
     assert_same_numbers(tmp_path / "out", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_process_of_mpi_trains_alone(asked, tmp_path):
+    """It waits for none of the others, and only the first one speaks."""
+    for rank in (1, 0):
+        ours = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}
+        done = subprocess.run(
+            [sys.executable, "-m", "noted_sweep", "sweep", *map(str, asked), "--lr", "0.01", "--loops", "1"]
+            + ["--out", str(tmp_path / "out")],
+            env=environment(tmp_path / "work") | ours,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout == "", "still to train" in done.stderr) == (rank == 1, rank == 0)
+    assert len(trained(tmp_path / "work")) == 1

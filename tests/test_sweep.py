@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from test_training import HELD_OUT, SHORT, STREAM, TINY
-from tiny import words
+from tiny import word_tokenizer, words
 
 import loopdiag as ld
 from loopdiag.errors import InputError
 from loopdiag.losses import SweepError, SweepLosses
+from loopdiag.model import LoopedLM
 from loopdiag.sweep import planning, running, tasks
 from loopdiag.sweep.grid import SEARCH_SEED, Cell, Grid
 from loopdiag.sweep.text import prepare
@@ -301,7 +302,7 @@ def test_each_loop_count_has_the_rate_of_least_loss(finished):
         replace(SMALL, vocab_size=2048, n_loops=2, offset=0), recipe, plan.text.stream, HELD_OUT, folder / "again"
     )
     shutil.rmtree(folder / "again")
-    model.tokenizer = plan.text.tokenizer
+    model.requires_grad_(False).tokenizer = plan.text.tokenizer
     fit = held_out_losses(model, [document.text for document in plan.text.corpus.fit], SEQUENCE)
     there = [row.mean() for row in fit if len(row) + 1 >= 16]
     assert float(data["search_nll"].sel(memory="first", offset=0, loops=2, rate=RATES[0])) == pytest.approx(
@@ -329,11 +330,11 @@ def test_the_folder_says_what_it_is(finished):
     """Settings, seeds, rates and weights in the provenance; checkpoints of finished models are gone."""
     folder, data, losses, _, told = finished
     about = losses.provenance
-    assert about["data"] == str(data)
+    assert about["data"] == data.name
     assert about["recipe"]["tokens"] == TOKENS
     assert about["config"]["d_model"] == 16
     assert sorted(about["models"]) == sorted(cell.name for cell in GRID.cells())
-    assert str(data) in repr(losses)
+    assert data.name in repr(losses)
     assert "12 of 12 places measured" in repr(losses)
     assert not list((folder / "runs").iterdir())
     assert {said[0] for said in told} >= {"learning rates", "models", *(cell.name for cell in GRID.cells())}
@@ -352,7 +353,7 @@ def test_a_task_is_swept(tmp_path):
     """Its own tokenizer and rows; unchanged numbers when the same is asked again."""
     grid = Grid((1, 2), offsets=(1,), memories=("first", "own"))
     row = tasks.TASKS["addition"].sequence
-    settings = {"tokens": 4 * row * 4, "rates": (1e-2,), "size": replace(SMALL, n_ctx=16)}
+    settings = {"tokens": 2 * row * 4, "rates": (1e-2,), "size": replace(SMALL, n_ctx=16)}
     losses = swept("addition", tmp_path / "out", grid, **settings)
     data = losses.data
     assert dict(data["nll"].sizes) == {"seed": 1, "memory": 2, "offset": 1, "loops": 2, "document": 64}
@@ -484,13 +485,19 @@ def test_rates_of_two_processes_with_different_grids_both_stay(finished, tmp_pat
         ({"search_tokens": TOKENS}, "search_tokens"),
         ({"batch_size": 2}, "recipe"),
         ({"bf16": True}, "recipe"),
-        ({"data": "addition"}, "data, tokenizer"),
+        ({"data": "addition"}, "data"),
+        ({"tokenizer": "words"}, "tokenizer"),
     ],
 )
 def test_a_folder_holds_one_sweep(finished, tmp_path, monkeypatch, changed, differs):
     """Settings that would make models that cannot be compared are refused, and named."""
     folder, data = copied(finished, tmp_path)
     no_training(monkeypatch)
+    if "tokenizer" in changed:
+        model = LoopedLM(TINY)
+        model.tokenizer = word_tokenizer()
+        model.save(tmp_path / "words")
+        changed = {"tokenizer": str(tmp_path / "words")}
     with pytest.raises(SweepError, match=rf"holds another sweep \(.* says .*{differs} differs\)"):
         swept(changed.pop("data", data), folder, GRID, **changed)
 
@@ -503,15 +510,29 @@ def test_speed_may_change(finished, tmp_path, monkeypatch):
 
 
 def test_text_that_was_only_planned_is_no_choice(tmp_path):
-    """A plan keeps text in the folder; another number of tokens, or other data, makes it anew before models need it."""
+    """A plan keeps text in the folder; other tokens, or other data, make it anew as long as no model needs it."""
     data, out = texts(tmp_path / "texts", 40), tmp_path / "out"
     lengths = [
         len(planning.plan(str(data), out, GRID, **SETTINGS | {"tokens": n}).text.stream) for n in (512, 768, 512)
     ]
     assert lengths == [512, 768, 512]
-    assert planning.plan("addition", out, GRID, **SETTINGS | {"tokens": 1024}).text.corpus.name == "addition"
-    (out / "text" / "made_for.json").unlink()  # of a version that did not say it
-    assert len(planning.plan("addition", out, GRID, **SETTINGS | {"tokens": 2048}).text.stream) < 2048
+    big = SETTINGS | {"tokens": 2048, "search_tokens": 1024}
+    assert planning.plan("addition", out, GRID, **big).text.corpus.name == "addition"
+    (tmp_path / "other").mkdir()
+    other = texts(tmp_path / "other" / "texts", 30)
+    names = {document.name for document in planning.plan(str(other), out, GRID, **SETTINGS).text.corpus.fit}
+    assert names <= {f"file{number}.py" for number in range(30)}
+    (out / "text" / "made_for.json").unlink()  # of a version that did not say it: taken as it is
+    assert {document.name for document in planning.plan(str(data), out, GRID, **SETTINGS).text.corpus.fit} == names
+
+
+def test_data_may_move(finished, tmp_path, monkeypatch):
+    """The text is in the sweep's folder, and goes by the name of the data."""
+    folder, data = copied(finished, tmp_path)
+    no_training(monkeypatch)
+    shutil.copytree(data, tmp_path / data.name)
+    monkeypatch.chdir(tmp_path)
+    assert swept(data.name, folder, GRID).data.equals(finished[2].data)
 
 
 def test_held_out_documents_share_no_source_with_training(tmp_path):
@@ -639,8 +660,6 @@ def test_training_on_needs_the_unchanged_setting(finished, tmp_path):
 
 def test_what_cannot_be_trained_on(finished, tmp_path):
     """A model without tokenizer, one that knows too few tokens, and one whose loops have no injection."""
-    from loopdiag.model import LoopedLM
-
     for changes, data, said in (
         ({"vocab_size": 8}, "addition", "knows 8 tokens, and addition has token"),
         ({"vocab_size": 64}, str(finished[1]), "needs a tokenizer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from loopdiag.sweep.running import Plan
 
 MOST_SEEDS = 100
+# What torchrun, and MPI for processors, say to the processes that they start, and accelerate reads.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+GROUPS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+GROUPS += ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def sweep(
@@ -53,10 +58,10 @@ def sweep(
         str, typer.Option("--lr", help="Peak learning rates; of several, a short search chooses for each loop count.")
     ] = "0.0015,0.003,0.006",
     search_tokens: Annotated[
-        int | None, typer.Option("--search-tokens", help="Training tokens of each search; an eighth if not given.")
+        int | None, typer.Option("--search-tokens", help="Training tokens of each search; a quarter if not given.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Sequences of a batch; about 8,192 tokens if not given.")
+        int | None, typer.Option("--batch-size", help="Sequences of a batch; about 1,600 batches if not given.")
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -91,6 +96,8 @@ def sweep(
         in_range("--search-tokens", search_tokens, 1, tokens)
         if origin is not None and (size != "tiny" or tokenizer is not None):
             raise InputError("--from brings its own size and tokenizer: leave --size and --tokenizer out.")
+        if importlib.util.find_spec("accelerate") is None:
+            raise InputError('Training needs accelerate, which is not installed: pip install "loopdiag[train]".')
         check_outputs(folder=out, quiet=True)
         with nullcontext() if quiet or rank > 0 else stderr.status("preparing the text"):
             from loopdiag.measures import chosen
@@ -146,8 +153,9 @@ def recommend_from_sweep(
                 missing.append(error)
     if not answers:
         raise missing[0]
-    for error in missing if not quiet else ():
-        note(str(error))
+    if not quiet:
+        for unfinished in missing:
+            note(str(unfinished))
     told = sweep_answer(losses, answers, seed)
     if figures:
         from loopdiag import plots
@@ -287,11 +295,11 @@ def _own_process() -> int:
 
     What the launcher says of a group goes away, or each Trainer would wait for the others to train the same model.
     """
-    rank, local = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK")
+    rank, local = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0), os.environ.get("LOCAL_RANK")
     if local is not None:
         names = os.environ.get("CUDA_VISIBLE_DEVICES", local).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local) % len(names)]
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (*RANKS, *GROUPS):
         os.environ.pop(name, None)
     return rank
 

@@ -203,8 +203,8 @@ def recommend_training(
     nll = every.isel(seed=np.flatnonzero(np.isfinite(every.values).all((1, 2))))
     if not nll.sizes["seed"]:
         raise SweepError(
-            f"No seed of this sweep has losses of all loop counts {_listed(data['loops'])} with offset {offset}, memory "
-            f"{data['memory'].item()}, yet: run `loopdiag sweep` with the same settings again, which goes on."
+            f"No seed of this sweep has losses of all loop counts {_listed(data['loops'])} with offset {offset} and "
+            f"memory {data['memory'].item()} yet: run `loopdiag sweep` with the same settings again, which goes on."
         )
     loops = data["loops"].values
     means = nll.mean("document").values  # [seed, loops]

@@ -24,7 +24,7 @@ from loopdiag.sweep.text import prepare
 from loopdiag.sweep.training import Recipe
 
 TOKENIZER = "tiny-plt-1"  # whose tokenizer reads text unless told
-BATCH_TOKENS = 8192
+UPDATES = 1600  # of a training, unless told: far fewer do not leave the plateau on which only word counts are learnt
 LONGEST_SEQUENCE = 2048
 ROUNDS = 4  # how often a text may be seen: beyond it, models learn it by heart
 LOOKS = 10  # at the held-out loss of each model
@@ -72,8 +72,8 @@ def plan(
         tokens: Training tokens of each model, cut to whole batches.
         size: `tiny`, `small`, a JSON file of the fields of `LoopedConfig`, a model, or the configuration itself.
         rates: Learning rates to choose from.
-        search_tokens: Training tokens of each model that is trained to choose; an eighth of `tokens` when None.
-        batch_size: Sequences of a batch; about 8,192 tokens when None.
+        search_tokens: Training tokens of each model that is trained to choose; a quarter of `tokens` when None.
+        batch_size: Sequences of a batch; such that there are about 1,600 updates when None.
         tokenizer: A model whose tokenizer reads the text.
         origin: A model to train on from, instead of `size` and `tokenizer`.
         measures: Groups of measures of which each finished model is diagnosed.
@@ -111,8 +111,8 @@ def plan(
     row = tasks.TASKS[data].sequence if data in tasks.TASKS else min(base.n_ctx, LONGEST_SEQUENCE)
     if row > base.n_ctx:
         base = replace(base, n_ctx=row)
-    batch_size = batch_size or max(BATCH_TOKENS // row, 1)
-    search_tokens = search_tokens or tokens // 8
+    batch_size = batch_size or max(tokens // UPDATES // row, 1)
+    search_tokens = search_tokens or tokens // 4
     batch = row * batch_size
     least = min(tokens, search_tokens) if len(rates) > 1 else tokens
     if least < batch:

@@ -65,17 +65,19 @@ def prepare(
         CorpusError: Text that cannot be read, or too little of it.
         SweepError: What is there is settled, and was made for something else.
     """
-    asked: dict[str, Any] = {"data": data, "tokens": tokens}
+    asked: dict[str, Any] = {"data": _name(data), "tokens": tokens}
     if tokenizer is not None and data not in tasks.TASKS:
         asked["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     made_for, documents_file = folder / "made_for.json", folder / "documents.jsonl"
-    if made_for.is_file() and (before := json.loads(made_for.read_text())) != asked:
-        if settled:
-            other = ", ".join(sorted(name for name in asked | before if asked.get(name) != before.get(name)))
+    place = os.path.abspath(os.path.expanduser(data))  # data of a sweep may be moved
+    before = json.loads(made_for.read_text()) if made_for.is_file() else None
+    if before and settled:
+        if other := [name for name in (*asked, "tokenizer") if asked.get(name) != before.get(name)]:
             raise SweepError(
-                f"{folder.parent} holds another sweep ({made_for} says on what text; {other} differs): give another "
+                f"{folder.parent} holds another sweep ({made_for} says on what text; {other[0]} differs): give another "
                 "folder, or the settings of this one."
             )
+    elif before and before != asked | {"place": place}:
         documents_file.unlink(missing_ok=True)
     if not documents_file.is_file():
         made = _made(data, tokens, tokenizer)
@@ -89,7 +91,7 @@ def prepare(
             for document in documents
         ]
         with whole(made_for) as partial:
-            partial.write_text(json.dumps(asked) + "\n")
+            partial.write_text(json.dumps(asked | {"place": place}) + "\n")
         with whole(documents_file) as partial:  # last: it says that all is there
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     records = [json.loads(line) for line in documents_file.read_text().rstrip("\n").split("\n")]
