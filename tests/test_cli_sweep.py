@@ -87,7 +87,7 @@ def asked(tmp_path_factory):
         (["--seeds", "101"], "--seeds 101 is out of range: allowed 1 to 100"),
         (["--tokens", "0"], "--tokens 0 is out of range: allowed 1 or more"),
         (["--tokens", "100", "--lr", "0.01"], "100 training tokens do not fill a batch of 4 x 32: ask for more, or"),
-        (["--tokens", "384"], "48 training tokens do not fill a batch of 4 x 32"),
+        (["--search-tokens", "48"], "48 training tokens do not fill a batch of 4 x 32"),
         (["--tokens", "10000000"], "are more than 4 rounds: ask for fewer, or give more text"),
         (["--search-tokens", "385"], "--search-tokens 385 is out of range: allowed 1 to 384"),
         (["--batch-size", "0"], "--batch-size 0 is out of range: allowed 1 or more"),
@@ -314,11 +314,11 @@ def test_accelerate_launch_shares_the_models_out(asked, tmp_path, kind, processe
 @pytest.mark.slow
 def test_a_process_of_mpi_trains_alone(asked, tmp_path):
     """It waits for none of the others, and only the first one speaks."""
+    command = [sys.executable, "-m", "noted_sweep", "sweep", *map(str, asked), "--lr", "0.01", "--loops", "1", "--out"]
     for rank in (1, 0):
         ours = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}
         done = subprocess.run(
-            [sys.executable, "-m", "noted_sweep", "sweep", *map(str, asked), "--lr", "0.01", "--loops", "1"]
-            + ["--out", str(tmp_path / "out")],
+            [*command, str(tmp_path / "out")],
             env=environment(tmp_path / "work") | ours,
             capture_output=True,
             text=True,

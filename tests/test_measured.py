@@ -17,7 +17,7 @@ from scipy import stats
 from loopdiag.bootstrap import interval, resampled_means, student_interval
 from loopdiag.gaincost import decompose, recommend, recommend_training
 from loopdiag.gaincost.answer import dumps, sweep_answer
-from loopdiag.gaincost.measured import _student_noise
+from loopdiag.gaincost.measured import _student_noise, loss_curves, over_training
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.model.config import LoopedConfig
 from loopdiag.sweep.gathering import gather
@@ -74,12 +74,14 @@ def sweep_of(losses, *, loops=None, offsets=(1, 0), sources=None):
     data = xr.Dataset(
         {name: ((*PLACE, "document"), of_tokens.mean(-1)) for name, of_tokens in values.items()}
         | {name: (PLACE[1:], np.full(shape, 1e6)) for name in ("flops", "kv_bytes", "kv_bytes_fixed")}
-        | {"learning_rate": ("loops", np.full(n_loops, 0.003))},
+        | {"learning_rate": ("loops", np.full(n_loops, 0.003))}
+        | {"nll_look": ((*PLACE, "look", "document"), np.stack([losses.mean(-1) + 1, losses.mean(-1)], 4))},
         {
             "seed": range(n_seeds),
             "memory": ["first", "own"][:n_memories],
             "offset": list(offsets),
             "loops": list(loops or range(1, n_loops + 1)),
+            "look": [500, 1000],
             "document": names,
             "source": ("document", names if sources is None else sources),
         },
@@ -124,14 +126,12 @@ def test_made_up_sweeps_are_what_gathering_gives(tmp_path):
         cell = grid.cell(place[0], ("first", "own")[place[1]], 1 - place[2], place[3] + 1)
         if np.isfinite(losses[place]).all():
             about = {"cell": asdict(cell), "recipe": {"learning_rate": 0.003}, "weights_sha256": ""}
+            look = expected["nll_look"].values[place].astype(np.float32)
             data = xr.Dataset(
-                {
-                    "nll_token": (("document", "pos"), losses[place]),
-                    "nll_look": (("look", "document"), losses[place].T),
-                },
-                {"source": ("document", expected["source"].values), "document": expected["document"].values},
+                {"nll_token": (("document", "pos"), losses[place]), "nll_look": (("look", "document"), look)},
+                {name: expected[name] for name in ("document", "source", "look")},
                 {"provenance": json.dumps(about)},
-            ).assign_coords(look=range(4))
+            )
             data.to_netcdf(tmp_path / "cells" / f"{cell.name}.nc", engine="h5netcdf")
     found = gather(tmp_path)
     for name, values in expected.data_vars.items():
@@ -159,6 +159,7 @@ def test_the_decomposition_adds_up(loops, over):
     np.testing.assert_allclose(parts.loss_off.mean, off, atol=1e-12)
     np.testing.assert_allclose(tax, on - off, atol=1e-12)
     np.testing.assert_allclose(net[1:], gain[1:] - np.diff(tax), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(parts.rise.mean[1:], np.diff(tax), rtol=0, atol=1e-12)
     np.testing.assert_allclose(net[1:].sum(), on[0] - on[-1], rtol=0, atol=1e-12)
     np.testing.assert_allclose(gain[1:].sum(), off[0] - off[-1], rtol=0, atol=1e-12)
     assert np.isnan([gain[0], net[0], parts.helped["gain"].mean[0], parts.harmed["net"].low[0]]).all()
@@ -195,6 +196,7 @@ def test_intervals_over_seeds_are_scipys():
         (parts.tax, on - off),
         (parts.gain, -np.diff(off, prepend=np.nan)),
         (parts.net, -np.diff(on, prepend=np.nan)),
+        (parts.rise, np.diff(on - off, prepend=np.nan)),
         (parts.loss_on, on),
     ):
         for place in range(1, 4):
@@ -320,6 +322,42 @@ def test_a_tax_needs_both_offsets():
         decompose(made_up(SEVERAL), over="models")
 
 
+def test_curves_of_the_losses():
+    """Every memory and offset, over the seeds that have a model; NaN where none has."""
+    missing = [(0, 1, 0, 2), (0, 1, 1, 3), (1, 1, 1, 3), (2, 1, 1, 3)]
+    losses = made_up(SEVERAL, seeds=3, memories=2, spread=0.1, missing=missing)
+    curves = loss_curves(losses)
+    assert [(curve.memory, curve.offset) for curve in curves] == [("first", 1), ("first", 0), ("own", 1), ("own", 0)]
+    for curve in curves:
+        values = measured(losses, curve.offset, curve.memory)
+        np.testing.assert_allclose(curve.by_seed, values)
+        low, high = student_interval(values)
+        np.testing.assert_allclose(curve.nll.low, low)
+        np.testing.assert_allclose(curve.nll.high, high)
+        assert curve.over == "seeds"
+    assert np.isnan([curves[3].nll.mean[3], curves[3].nll.low[3]]).all()
+    assert curves[2].nll.mean[2] == pytest.approx(measured(losses, 1, "own")[1:, 2].mean())
+    assert [curve.offset for curve in loss_curves(losses, "own")] == [1, 0]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_looks_in_training_end_as_the_decomposition(seeds):
+    """The same taxes and intervals at the last look; the loss above the smallest count sums what loops bring."""
+    losses = made_up(SEVERAL, seeds=seeds, noise=0.05, spread=0.02)
+    losses.data["nll_look"][:, :, 0, 1:, 0] += 0.25  # early on, the offset costs a quarter more
+    course, parts = over_training(losses), decompose(losses)
+    assert (course.tokens.tolist(), course.loops.tolist()) == ([500, 1000], [1, 2, 3, 4])
+    assert (course.seeds, course.over) == (seeds, parts.over)
+    for end in ("mean", "low", "high"):
+        np.testing.assert_allclose(getattr(course.tax, end)[1], getattr(parts.tax, end), atol=1e-12)
+        early = getattr(parts.tax, end) + np.array([0, 0.25, 0.25, 0.25])
+        np.testing.assert_allclose(getattr(course.tax, end)[0], early, atol=1e-12)
+    np.testing.assert_allclose(course.above[1].mean[1, 1:], -parts.net.mean[1:].cumsum(), atol=1e-12)
+    np.testing.assert_allclose(course.above[0].mean[1, 1:], -parts.gain.mean[1:].cumsum(), atol=1e-12)
+    assert not np.any([course.above[0].low[:, 0], course.above[1].high[:, 0]])
+    assert over_training(made_up([SEVERAL[1]], offsets=(0,))).tax is None
+
+
 # -- how many loops to train with ---------------------------------------------------------------------
 
 
@@ -420,6 +458,16 @@ def test_three_seeds_count_beside_documents():
     assert "2 seeds cannot say how much trainings differ" in recommend_training(two).leaves_out
     wide = recommend_training(losses).nll
     assert (wide.high - wide.low > 1.5 * np.subtract(*interval(draws)[::-1])).all()
+
+
+def test_the_standard_error_is_that_of_the_seeds():
+    """Hand-worked: gains of 0.02, 0.05 and 0.14 have the mean 0.07 and the standard error 0.0361; prices around it."""
+    losses = made_up([[3.0, 3.0], [3.0, 3.0]], seeds=3)
+    for seed, gain in enumerate((0.02, 0.05, 0.14)):
+        losses.data["nll"][seed] = losses.data["nll"][0, 0, 0, 0]
+        losses.data["nll"][seed, :, :, 1] -= gain
+    assert recommend_training(losses, 0.07 - 0.0360).pick == 1
+    assert recommend_training(losses, 0.07 - 0.0362).pick == 2
 
 
 def test_one_wild_seed_leaves_it_undetermined():

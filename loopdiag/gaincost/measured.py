@@ -85,10 +85,10 @@ def decompose(
     data = _of(losses, memory, seeds)
     if data.sizes["offset"] < 2:
         raise SweepError("This sweep has models with one offset only: the tax of an offset needs both, on and off.")
-    complete = np.flatnonzero(np.isfinite(data["nll"]).all(("offset", "loops", "document")))
+    complete = np.flatnonzero(np.isfinite(data["nll"].transpose("seed", ...).values).all((1, 2, 3)))
     if len(complete):
         data = data.isel(seed=complete)
-    over = over or ("seeds" if data.sizes["seed"] >= CLAIM else "documents")
+    over = over or _over(data)
     if over == "seeds" and data.sizes["seed"] < 2:
         raise SweepError("One seed cannot say how much trainings differ: train more, or take intervals over documents.")
     on, off = (data.isel(offset=place) for place in (0, -1))
