@@ -251,7 +251,7 @@ def of_the_rules() -> str:
         parts.insert(
             0,
             f"The rule chosen on one half is **{told['chosen']}**. On the unseen half its regret is "
-            f"{chosen['regret']:.4f} (aim: below {AIM_REGRET:g}) and it hits {chosen['hits']:.0%} (aim: {AIM_HITS:.0%}); "
+            f"{chosen['regret']:.4f} (aim: below {AIM_REGRET:g}), its hits {chosen['hits']:.0%} (aim: {AIM_HITS:.0%}); "
             f"the best there is {best['rule']} with {best['regret']:.4f}.",
         )
     return "\n\n".join(parts)
@@ -270,7 +270,7 @@ def page() -> str:
     parts = [
         "# What matched sweeps found",
         "`python benchmarks/families.py` trains the sweeps, `make findings` writes this page from what they measured; "
-        "no number or verdict is typed in. Losses are held-out, in nats per token. Intervals are 95 %: t intervals over "
+        "no number or verdict is typed in. Losses are held-out, in nats per token, intervals are 95 %: t intervals over "
         "seeds where there are three, else a bootstrap over documents, which leaves out what another training would "
         "give.",
         "**Not trained yet**: " + ", ".join(missing) + "." if missing else "All sweeps are complete.",

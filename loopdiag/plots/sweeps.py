@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ from loopdiag.summary import Estimate
 
 DODGE = 5.0  # points between lines that stand side by side
 TRAINED = "loops in training"
-# Where the first look already compares models, transients of the warm-up may be far off all that follows.
-EARLY = 0.25  # of the budget
+WIDEST_NOTE = 105  # characters, on a page
+EARLY = 0.25  # of the budget: what differs there by nats would flatten all that follows
 
 
 def measured_gain_cost(decomposition: Decomposition, *, price: float | None = None, ax: Axes | None = None) -> Axes:
@@ -145,6 +146,7 @@ def trained_losses(losses: SweepLosses, *, memory: str | None = None, seed: int 
                 faint: Style = {"linestyle": "none", "markersize": 2.5, "markeredgewidth": 0, "alpha": 0.5}
                 at = offset_copy(ax.transData, ax.get_figure(), x=dodge, units="points")
                 for one in curve.by_seed:
+                    _reach(ax, curve.loops, one)
                     ax.plot(curve.loops, one, label="_", transform=at, **style | faint)
         if not any(np.isfinite(curve.nll.mean).any() for curve in curves):
             message(ax, "no model is trained yet")
@@ -157,6 +159,7 @@ def trained_losses(losses: SweepLosses, *, memory: str | None = None, seed: int 
             *_without_interval(over, [curve.nll for curve in curves]),
             *shared,
             *(["Faint: each seed."] if seeds > 1 else []),
+            *_unfinished(losses, memory),
             f"{about['recipe']['tokens'] / 1e6:.3g}M training tokens each.",
         )
     return ax
@@ -191,17 +194,18 @@ def losses_over_training(
     found = over_training(losses, memory, seed=seed)
     fewest = found.loops[0]
     looks = dict(zip(found.loops.tolist(), styles(len(found.loops)), strict=True))
-    reference = "one loop" if fewest == 1 else f"{fewest} loops"
+    reference = "one loop's" if fewest == 1 else f"that of {fewest} loops"
     columns = len(found.above) + (found.tax is not None)
     with canvas(figure, 1) as figure:
         axes = np.atleast_1d(figure.subplots(1, columns))
         for ax, (offset, estimate) in zip(axes, found.above.items(), strict=False):
-            _over_tokens(ax, found, estimate, looks, found.loops > fewest, "no other loop count at these tokens")
-            ax.set(title=_offset(offset), ylabel=f"loss above that of {reference}\n(nats per token)")
-            ax.sharey(axes[0])
+            _over_tokens(ax, found, estimate, looks, found.loops > fewest, "one loop count")
+            ax.set(title=_offset(offset), ylabel=f"loss above {reference}\n(nats per token)")
+        _limit(axes[: len(found.above)], found, found.above.values(), found.loops > fewest)
         if found.tax is not None:
-            _over_tokens(axes[-1], found, found.tax, looks, found.loops > 1, "no model with and without an offset")
+            _over_tokens(axes[-1], found, found.tax, looks, found.loops > 1, "no tax to tell")
             axes[-1].set(title="tax: offset on - off", ylabel="tax (nats per token)")
+            _limit(axes[-1:], found, [found.tax], found.loops > 1)
         handles: list[Artist] = [
             Line2D([], [], label=f"{loops} loop{'s' if loops > 1 else ''}", **look)
             for loops, look in looks.items()
@@ -209,12 +213,14 @@ def losses_over_training(
         ]
         title = f"Trained on {short(losses.provenance['data'])}, memory {found.memory}."
         figure_legend(figure, handles, title) if handles else None
-        figure.supxlabel(
-            f"{_intervals(found.over, found.seeds)} One schedule that anneals to the full budget:\n"
-            "an earlier look is not what a shorter training would give.",
-            color=GREY,
-            fontsize=matplotlib.rcParams["font.size"],
+        told = (
+            _intervals(found.over, found.seeds),
+            *_unfinished(losses, found.memory),
+            "One schedule that anneals to the full budget: an earlier look is not what a shorter training would give.",
+            "The first quarter may leave the axes.",
         )
+        text = textwrap.fill(" ".join(told), WIDEST_NOTE, break_on_hyphens=False)
+        figure.supxlabel(text, color=GREY, fontsize=matplotlib.rcParams["font.size"])
     return axes
 
 
@@ -230,9 +236,22 @@ def _over_tokens(
             ax.plot(tokens, estimate.mean[:, index], label=f"{loops} loops", **look)
             low, high = estimate.low[:, index], estimate.high[:, index]
             ax.fill_between(tokens, low, high, color=look["color"], alpha=0.2, linewidth=0)
-    if not ax.lines:
+    if ax.lines:
+        ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+    else:
+        ax.set(xticks=[], yticks=[])
         message(ax, why_empty)
-    ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
+
+
+def _limit(axes: Sequence[Axes], found: OverTraining, estimates: Iterable[Estimate], shown: np.ndarray) -> None:
+    """One range of y for axes, which holds zero and all lines and bands but for the early looks."""
+    late = found.tokens >= EARLY * found.tokens[-1]
+    ends = [end[late][:, shown].ravel() for each in estimates for end in (each.mean, each.low, each.high)]
+    values = np.concatenate([[0.0], *ends])
+    low, high = np.nanmin(values), np.nanmax(values)
+    margin = 0.08 * (high - low) or 0.01
+    for ax in axes:
+        ax.set_ylim(low - margin, high + margin)
 
 
 def _offset(offset: int) -> str:
@@ -249,9 +268,18 @@ def _points(ax: Axes, loops: np.ndarray, estimate: Estimate, dodge: float, **sty
     # In the transform, not in the data: these stay the loop counts that were trained.
     at: Style = {"transform": offset_copy(ax.transData, ax.get_figure(), x=dodge, units="points")}
     ax.plot(loops, estimate.mean, **style, **at)
+    for values in (estimate.mean, estimate.low, estimate.high):
+        _reach(ax, loops, values)
     known = np.isfinite(estimate.low)
     if known.any():
         ax.vlines(loops[known], estimate.low[known], estimate.high[known], color=style["color"], linewidth=0.9, **at)
+
+
+def _reach(ax: Axes, loops: np.ndarray, values: np.ndarray) -> None:
+    """Let the axes reach what is drawn beside its place, of which matplotlib does not see how far it goes."""
+    there = np.isfinite(values)
+    ax.update_datalim(np.column_stack([loops[there], values[there]]), updatex=False)
+    ax.autoscale_view(scalex=False)
 
 
 def _intervals(over: str, seeds: int) -> str:
@@ -266,6 +294,11 @@ def _without_interval(over: str, estimates: Sequence[Estimate]) -> list[str]:
     """Why points have none, if any do."""
     alone = any((np.isfinite(each.mean) & np.isnan(each.low)).any() for each in estimates)
     return [f"No interval: fewer than {'two seeds' if over == 'seeds' else 'two sources'} there."] if alone else []
+
+
+def _unfinished(losses: SweepLosses, memory: str | None) -> list[str]:
+    nll = losses.data["nll"] if memory is None else losses.data["nll"].sel(memory=memory)
+    return ["Some models are not trained yet."] if bool(nll.isnull().any()) else []
 
 
 def left_out_of_sweep(losses: SweepLosses) -> dict[str, str]:
@@ -303,7 +336,7 @@ def draw_sweep(
                 measured_gain_cost(decompose(losses, memory, seed=seed), price=price, ax=part.subplots())
         figure = figures["trained_losses"] = _new(COLUMN[0], 3.6)
         trained_losses(losses, seed=seed, ax=figure.subplots())
-        figure = figures["losses_over_training"] = _new(PAGE[0], 2.8 * len(memories))
+        figure = figures["losses_over_training"] = _new(PAGE[0], 3.0 * len(memories))
         parts = figure.subfigures(len(memories), 1, squeeze=False).ravel()
         for part, memory in zip(parts, memories, strict=True):
             losses_over_training(losses, memory=memory, seed=seed, figure=part)

@@ -16,6 +16,7 @@ from loopdiag.model.checkpoints import native
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.loading import LoadError, find, load, read_config, read_tokenizer
+from loopdiag.results import weights_hash
 from loopdiag.sweep import family, tasks
 from loopdiag.sweep.gathering import SETTINGS, cell_file, chosen_rates, search_file
 from loopdiag.sweep.grid import SEARCH_SEED, Cell, Grid
@@ -143,6 +144,7 @@ def plan(
         evaluate_every=max(tokens // batch // LOOKS, 1),
         monitor_every=None,
     )
+    origin = None if start is None else f"{origin}, weights {weights_hash(model):.16}"
     return Plan(base, recipe, tuple(rates), search_tokens // batch * batch, text, start, origin, tuple(measures))
 
 
