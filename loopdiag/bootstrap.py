@@ -35,14 +35,14 @@ def resampled_means(
 
 
 def resampled_nanmeans(
-    values: Float[np.ndarray, "document ..."], sources: Sequence[str] | np.ndarray, seed: int = 0
+    values: Float[np.ndarray, "document ..."], sources: Sequence[str] | np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> Float[np.ndarray, "draw ..."]:
     """`resampled_means` over the documents that have a value; NaN where a resample has none of them."""
     there = ~np.isnan(values)
     if there.all():
-        return resampled_means(values, sources, seed=seed)
+        return resampled_means(values, sources, draws, seed)
     sums, counts = (
-        resampled_means(part.astype(float), sources, seed=seed) for part in (np.where(there, values, 0.0), there)
+        resampled_means(part.astype(float), sources, draws, seed) for part in (np.where(there, values, 0.0), there)
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums / counts

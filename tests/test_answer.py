@@ -13,6 +13,7 @@ import loopdiag
 from loopdiag.diagnosis import Diagnosis, diagnose
 from loopdiag.gaincost import gain_cost, recommend
 from loopdiag.gaincost.answer import answer, dumps
+from loopdiag.gaincost.lenses import LENSES
 from loopdiag.measures import DEFAULT_GROUPS, DEFINITIONS, GROUPS, is_by_loop
 
 DOCUMENTED = Path(__file__).parents[1] / "docs" / "json.md"
@@ -35,6 +36,7 @@ ANSWER = {
     "contenders": list,
     "break_even": list,
     "predicted_training_loops": int | None,
+    "predicted_support": dict,
     "lenses": dict,
     "absent": dict,
     "loops": list,
@@ -133,8 +135,9 @@ def test_answer_by_hand():
     assert (given["support"], given["contenders"]) == ({"1": 0.0, "2": 1.0, "3": 0.0}, [2])
     assert [step["loops"] for step in given["break_even"]] == [3, 2]
     assert [step["below"] for step in given["break_even"]] == pytest.approx([0.2, 0.5])
-    assert given["lenses"] == {"cost_gain": 3, "rank_peak": 2, "shift_knee": 2, "paper_rule": 2}
+    assert given["lenses"] == dict.fromkeys(LENSES, 2) | {"cost_gain": 3}
     assert given["predicted_training_loops"] == 2
+    assert given["predicted_support"] == {"1": 0.0, "2": 1.0, "3": 0.0}
     assert given["provenance"] == diagnosis.provenance
     rows = given["loops"]
     assert [row["extrapolated"] for row in rows] == [False, False, True]

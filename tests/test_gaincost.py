@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from planted import diagnosis_of, planted
 
 from loopdiag.bootstrap import interval, resampled_means
+from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost import BreakEven, gain_cost, recommend
-from loopdiag.gaincost.lenses import lens_picks
+from loopdiag.gaincost.decision import predict
+from loopdiag.gaincost.lenses import combine, lens_picks
 from loopdiag.gaincost.rule import break_even, describe
 
 calm = settings(deadline=None, derandomize=True, max_examples=60)
@@ -397,7 +399,10 @@ def test_recommendation_in_words():
     assert (
         "Break-even prices, by mean utility: 4 loops below 0.01, 3 loops below 0.1, 2 loops below 0.5, else 1." in text
     )
-    assert "Predicted, not backtested: 3 (cost_gain 3, rank_peak 4, shift_knee 2, paper_rule 4)." in text
+    assert (
+        "Predicted, not backtested: 3 (cost_gain 3, rank_peak 4, shift_knee 2, attention_freeze 2, paper_rule 4)."
+        in text
+    )
     assert "Measured: undetermined (1 instead of 2 could be better by " in str(
         recommend(diagnosis_of(pair(0.1, 0.6)), 0.03)
     )
@@ -609,6 +614,25 @@ def test_shift_knee_of_a_fall_to_nothing(nothing):
     assert lens_picks({"output_shift": [nan, 9.0, 2.0, nothing, nothing]}) == {"shift_knee": 2}
 
 
+def test_attention_freeze():
+    """The same rule on what attention moves: 0.63, 0.08 and 0.01 nats, as the bundled four-loop model has it."""
+    assert lens_picks({"attention_kl": [nan, nan, 0.63, 0.08, 0.01]}) == {"attention_freeze": 3}
+    assert lens_picks({"attention_kl": [nan, nan, 0.63, 0.05, 0.01]}) == {"attention_freeze": 2}
+    assert lens_picks({"attention_kl": [nan, nan, 0.63]}) == {}
+
+
+def test_predicted_support_is_over_resampled_documents():
+    """Documents that agree leave no doubt; where half of them turn the rank's peak, resamples disagree."""
+    sure = recommend(planted([4.0, 3.0, 2.9], curves={"effective_rank": [9, 50, 60, 55]}))
+    assert sum(sure.predicted_support.values()) == pytest.approx(1)
+    assert sure.predicted_support[sure.predicted_training_loops] == 1
+    torn = planted([4.0, 3.0], curves={"effective_rank": [9, 50, 50]})
+    rank = torn.data["effective_rank"].values
+    rank[::2, 2], rank[1::2, 2] = 60, 40
+    _, support = predict(Diagnosis(torn.data[["effective_rank"]]))
+    assert 0.2 < support[1] < 0.8
+
+
 def test_lenses_without_their_curve_are_left_out():
     """A lens speaks when all of its curves are there; curves that no lens reads do not matter."""
     assert lens_picks({}) == {}
@@ -621,8 +645,10 @@ def test_prediction_is_the_lower_median_of_the_lenses():
     """Each lens reads its own curve of the diagnosis, averaged over documents; four picks have two middles."""
     curves = {"effective_rank": [9, 50, 40, 60, 70], "output_shift": [nan, 9.0, 4.0, 1.0, 0.9]}
     recommendation = recommend(planted([4.0, 3.0, 2.5, 2.45], noise=0.01, churn=[0, 0.1, 0.1, 0.1], curves=curves))
-    assert recommendation.lenses == {"cost_gain": 3, "rank_peak": 4, "shift_knee": 2, "paper_rule": 1}
-    assert recommendation.predicted_training_loops == 2
+    knees = {"shift_knee": 2, "attention_freeze": 2}
+    assert recommendation.lenses == {"cost_gain": 3, "rank_peak": 4, **knees, "paper_rule": 1}
+    assert recommendation.predicted_training_loops == combine(recommendation.lenses) == 2
+    assert combine({"a": 4, "b": 1, "c": 3, "d": 1}) == 1
     three = recommend(planted([4.0, 3.0], curves={"effective_rank": [9, 70, 60]}))
     assert three.lenses == {"cost_gain": 2, "rank_peak": 1, "paper_rule": 1}
     assert three.predicted_training_loops == 1

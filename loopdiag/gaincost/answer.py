@@ -40,6 +40,7 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
         "contenders": list(recommendation.contenders),
         "break_even": [asdict(step) for step in recommendation.break_even],
         "predicted_training_loops": recommendation.predicted_training_loops,
+        "predicted_support": {str(loop): share for loop, share in recommendation.predicted_support.items()},
         "lenses": recommendation.lenses,
         "absent": about["absent"],
         "loops": loop_rows(diagnosis, recommendation.seed),

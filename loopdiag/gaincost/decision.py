@@ -12,6 +12,8 @@ from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.lenses import INPUTS, combine, lens_picks
 from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, few_sources, pick
 
+PREDICTIONS = 500  # resamples of the documents, on each of which every lens is asked
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -129,9 +131,9 @@ def predict(diagnosis: Diagnosis, *, seed: int = 0) -> tuple[dict[str, int], dic
         if name in diagnosis.data
     }
     sources = diagnosis.data["source"].values
-    draws = {name: resampled_nanmeans(curve.values, sources, seed=seed) for name, curve in curves.items()}
+    draws = {name: resampled_nanmeans(curve.values, sources, PREDICTIONS, seed) for name, curve in curves.items()}
     lenses = lens_picks({name: curve.mean("document").values for name, curve in curves.items()})
     if not lenses:
         return {}, {}
     picks = [combine(lens_picks(dict(zip(draws, draw, strict=True)))) for draw in zip(*draws.values(), strict=True)]
-    return lenses, {int(loop): sum(pick == loop for pick in picks) / len(picks) for loop in loops}
+    return lenses, {loop: picks.count(loop) / PREDICTIONS for loop in loops.tolist()}

@@ -13,11 +13,19 @@ from loopdiag.plots.loops import rarefaction
 from loopdiag.plots.nats import gain_cost, readability
 from loopdiag.plots.predictions import predictions, shares
 from loopdiag.plots.similarity import similarity
+from loopdiag.plots.sweeps import (
+    draw_sweep,
+    left_out_of_sweep,
+    losses_over_training,
+    measured_gain_cost,
+    trained_losses,
+)
 from loopdiag.plots.training import emergence
 
 __all__ = [
     "attention",
     "draw",
+    "draw_sweep",
     "emergence",
     "exit_rules",
     "gain_cost",
@@ -25,6 +33,9 @@ __all__ = [
     "heads",
     "hidden_states",
     "left_out",
+    "left_out_of_sweep",
+    "losses_over_training",
+    "measured_gain_cost",
     "pictures",
     "predictions",
     "rarefaction",
@@ -32,4 +43,5 @@ __all__ = [
     "shares",
     "shift_against_offset",
     "similarity",
+    "trained_losses",
 ]

@@ -14,7 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
-from matplotlib.transforms import offset_copy
+from matplotlib.transforms import ScaledTranslation, Transform
 
 from loopdiag.files import write_all
 from loopdiag.gaincost import Decomposition, decompose
@@ -42,6 +42,7 @@ from loopdiag.plots.parts import (
 from loopdiag.summary import Estimate
 
 DODGE = 5.0  # points between lines that stand side by side
+BESIDE = 3.0  # points from a mean to its seeds
 TRAINED = "loops in training"
 WIDEST_NOTE = 105  # characters, on a page
 EARLY = 0.25  # of the budget: what differs there by nats would flatten all that follows
@@ -138,19 +139,19 @@ def trained_losses(losses: SweepLosses, *, memory: str | None = None, seed: int 
     with single(ax) as ax:
         loop_axis(ax, curves[0].loops, None)
         ax.set(xlabel=TRAINED, ylabel="held-out loss (nats per token)")
-        for curve, dodge in zip(curves, _dodges(len(curves)), strict=True):
+        for curve, dodge in zip(curves, _dodges(len(curves), DODGE + BESIDE), strict=True):
             name = _offset(curve.offset) + (f", memory {curve.memory}" if len(memories) > 1 else "")
             style = _look(curve, memories)
             _points(ax, curve.loops, curve.nll, dodge, label=name, **style)
             if len(curve.by_seed) > 1:
-                faint: Style = {"linestyle": "none", "markersize": 2.5, "markeredgewidth": 0, "alpha": 0.5}
-                at = offset_copy(ax.transData, ax.get_figure(), x=dodge, units="points")
+                faint: Style = {"linestyle": "none", "markersize": 2.5, "markeredgewidth": 0, "alpha": 0.6}
+                at = _beside(ax, dodge + BESIDE)
                 for one in curve.by_seed:
                     _reach(ax, curve.loops, one)
                     ax.plot(curve.loops, one, label="_", transform=at, **style | faint)
         if not any(np.isfinite(curve.nll.mean).any() for curve in curves):
             message(ax, "no model is trained yet")
-        legend(ax, title=f"trained on {short(about['data'])}", columns=2 if len(memories) == 1 else 1)
+        legend(ax, title=short(about["data"]), columns=2 if len(memories) == 1 else 1)
         over, seeds = curves[0].over, len(curves[0].by_seed)
         shared = ["They hold the spread between documents, which all models share."] if over == "documents" else []
         note(
@@ -243,7 +244,7 @@ def _over_tokens(
         message(ax, why_empty)
 
 
-def _limit(axes: Sequence[Axes], found: OverTraining, estimates: Iterable[Estimate], shown: np.ndarray) -> None:
+def _limit(axes: Iterable[Axes], found: OverTraining, estimates: Iterable[Estimate], shown: np.ndarray) -> None:
     """One range of y for axes, which holds zero and all lines and bands but for the early looks."""
     late = found.tokens >= EARLY * found.tokens[-1]
     ends = [end[late][:, shown].ravel() for each in estimates for end in (each.mean, each.low, each.high)]
@@ -258,15 +259,19 @@ def _offset(offset: int) -> str:
     return {0: "offset off", 1: "offset on"}.get(offset, f"offset {offset}")
 
 
-def _dodges(count: int) -> np.ndarray:
+def _dodges(count: int, apart: float = DODGE) -> np.ndarray:
     """How far each of several lines stands beside its loop counts, in points."""
-    return DODGE * (np.arange(count) - (count - 1) / 2)
+    return apart * (np.arange(count) - (count - 1) / 2)
+
+
+def _beside(ax: Axes, points: float) -> Transform:
+    """In the transform, not in the data: these stay the loop counts that were trained."""
+    return ax.transData + ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
 
 
 def _points(ax: Axes, loops: np.ndarray, estimate: Estimate, dodge: float, **style: Any) -> None:
     """Means as a line with markers and intervals as bars: each model is a training of its own, with none between."""
-    # In the transform, not in the data: these stay the loop counts that were trained.
-    at: Style = {"transform": offset_copy(ax.transData, ax.get_figure(), x=dodge, units="points")}
+    at: Style = {"transform": _beside(ax, dodge)}
     ax.plot(loops, estimate.mean, **style, **at)
     for values in (estimate.mean, estimate.low, estimate.high):
         _reach(ax, loops, values)
@@ -303,10 +308,11 @@ def _unfinished(losses: SweepLosses, memory: str | None) -> list[str]:
 
 def left_out_of_sweep(losses: SweepLosses) -> dict[str, str]:
     """Figures that a sweep does not allow, each with the reason and what would bring it."""
-    if losses.data.sizes["offset"] > 1:
-        return {}
-    missing = "on,off: this sweep has models with one offset only"
-    return {"measured_gain_cost": f"it needs --offset {missing}"}
+    if losses.data.sizes["loops"] < 2:
+        return dict.fromkeys(("measured_gain_cost", "losses_over_training"), "it needs models of two loop counts")
+    if losses.data.sizes["offset"] < 2:
+        return {"measured_gain_cost": "it needs models with the offset and without: sweep with --offset on,off"}
+    return {}
 
 
 def draw_sweep(
@@ -327,19 +333,21 @@ def draw_sweep(
         The files.
     """
     memories = [str(name) for name in losses.data["memory"].values]
+    missing = left_out_of_sweep(losses)
     figures: dict[str, Figure] = {}
     with matplotlib.rc_context(PAPER | REPRODUCIBLE):
-        if "measured_gain_cost" not in left_out_of_sweep(losses):
+        if "measured_gain_cost" not in missing:
             figure = figures["measured_gain_cost"] = _new(COLUMN[0] * len(memories), 3.6)
             parts = figure.subfigures(1, len(memories), squeeze=False).ravel()
             for part, memory in zip(parts, memories, strict=True):
                 measured_gain_cost(decompose(losses, memory, seed=seed), price=price, ax=part.subplots())
         figure = figures["trained_losses"] = _new(COLUMN[0], 3.6)
         trained_losses(losses, seed=seed, ax=figure.subplots())
-        figure = figures["losses_over_training"] = _new(PAGE[0], 3.0 * len(memories))
-        parts = figure.subfigures(len(memories), 1, squeeze=False).ravel()
-        for part, memory in zip(parts, memories, strict=True):
-            losses_over_training(losses, memory=memory, seed=seed, figure=part)
+        if "losses_over_training" not in missing:
+            figure = figures["losses_over_training"] = _new(PAGE[0], 3.0 * len(memories))
+            parts = figure.subfigures(len(memories), 1, squeeze=False).ravel()
+            for part, memory in zip(parts, memories, strict=True):
+                losses_over_training(losses, memory=memory, seed=seed, figure=part)
         contents = {f"{name}.{form}": rendered(figure, form) for name, figure in figures.items() for form in METADATA}
     return write_all(Path(folder), contents)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from loopdiag.model.facts import flops, kv_bytes
 from loopdiag.results import about_machine
 from loopdiag.sweep.grid import Cell
 
-SETTINGS, RATES = "sweep.json", "rates.json"
+SETTINGS, GRID, RATES = "sweep.json", "grid.json", "rates.json"
 PLACE = ("seed", "memory", "offset", "loops")
 NATS = "nats per token"
 
@@ -44,15 +44,7 @@ def gather(folder: Path) -> SweepLosses:
     for file in sorted((folder / "cells").glob("*.nc")):
         data = xr.load_dataset(file, engine="h5netcdf")
         cells[Cell(**json.loads(data.attrs["provenance"])["cell"])] = data
-    # One loop says nothing of the offsets and memories that a sweep has, unless nothing else is there.
-    looped = [cell for cell in cells if cell.n_loops > 1] or list(cells)
-    axes: dict[str, list[Any]] = {
-        "seed": sorted({cell.seed for cell in cells}),
-        # The standard, shared memory and an offset, first.
-        "memory": sorted({cell.memory for cell in looped}),
-        "offset": sorted({cell.offset for cell in looped}, reverse=True),
-        "loops": sorted({cell.n_loops for cell in cells}),
-    }
+    axes = _axes(folder, cells)
     first = next(iter(cells.values()))
     shape = tuple(len(axis) for axis in axes.values())
     # [seed, memory, offset, loops, document, pos]; a model with one loop stands at every offset and memory.
@@ -101,6 +93,20 @@ def gather(folder: Path) -> SweepLosses:
     return SweepLosses(xr.Dataset(variables, coords, {"provenance": json.dumps(provenance, sort_keys=True)}))
 
 
+def _axes(folder: Path, cells: Collection[Cell]) -> dict[str, list[Any]]:
+    """Every place that was asked for, also of models that are not there yet, and of those that are."""
+    asked = json.loads((folder / GRID).read_text()) if (folder / GRID).is_file() else {name: [] for name in PLACE}
+    # One loop says nothing of the offsets and memories that a sweep has, unless nothing else is there.
+    looped = [cell for cell in cells if cell.n_loops > 1] or ([] if asked["loops"] else cells)
+    return {
+        "seed": sorted({*asked["seed"], *(cell.seed for cell in cells)}),
+        # The standard, shared memory and an offset, first.
+        "memory": sorted({*asked["memory"], *(cell.memory for cell in looped)}),
+        "offset": sorted({*asked["offset"], *(cell.offset for cell in looped)}, reverse=True),
+        "loops": sorted({*asked["loops"], *(cell.n_loops for cell in cells)}),
+    }
+
+
 def _costs(settings: dict[str, Any], axes: dict[str, list[Any]]) -> dict[str, Any]:
     """Work and memory of a token, which a configuration tells."""
     known = {field.name for field in fields(LoopedConfig)}
@@ -127,7 +133,7 @@ def _rates(cells: dict[Cell, xr.Dataset], axes: dict[str, list[Any]]) -> dict[st
         cell.n_loops: json.loads(data.attrs["provenance"])["recipe"]["learning_rate"] for cell, data in cells.items()
     }
     long_name = "peak learning rate, the same for every offset and memory"
-    return {"learning_rate": ("loops", [rates[loops] for loops in axes["loops"]], {"long_name": long_name})}
+    return {"learning_rate": ("loops", [rates.get(loops, np.nan) for loops in axes["loops"]], {"long_name": long_name})}
 
 
 def _search(folder: Path, axes: dict[str, list[Any]]) -> dict[str, Any]:

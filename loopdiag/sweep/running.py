@@ -24,7 +24,7 @@ from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.saving import save
 from loopdiag.monitor import BATCH_SIZE
 from loopdiag.results import about_machine, weights_hash
-from loopdiag.sweep.gathering import RATES, SETTINGS, cell_file, chosen_rates, gather, search_file
+from loopdiag.sweep.gathering import GRID, RATES, SETTINGS, cell_file, chosen_rates, gather, search_file
 from loopdiag.sweep.grid import SEARCH_SEED, Cell, Grid
 from loopdiag.sweep.text import Text
 from loopdiag.sweep.training import Recipe, token_losses, train
@@ -147,6 +147,14 @@ class _Run:
                 f"{self.folder} holds another sweep ({SETTINGS} says which; {other} differs): give another folder, or "
                 "the settings of this one."
             )
+        with FileLock(self.folder / "locks" / "settings"):  # a grid that is extended keeps what it had
+            asked, grid = self.folder / GRID, self.grid
+            places = json.loads(asked.read_text()) if asked.is_file() else {}
+            ours = {"seed": grid.seeds, "memory": grid.memories, "offset": grid.offsets, "loops": grid.loops}
+            with whole(asked) as partial:
+                partial.write_text(
+                    json.dumps({name: sorted({*places.get(name, ()), *values}) for name, values in ours.items()}) + "\n"
+                )
 
     def choose_rates(self) -> dict[int, float]:
         """The learning rate of every loop count: of a short training at each, the one of least loss.
