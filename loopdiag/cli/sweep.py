@@ -162,7 +162,10 @@ def recommend_from_sweep(
     if figures:
         from loopdiag import plots
 
-        plots.draw_sweep(losses, figures, seed=seed)
+        plots.draw_sweep(losses, figures, price=price, seed=seed)
+        if not quiet:
+            for name, why in plots.left_out_of_sweep(losses).items():
+                note(f"no figure {name}: {why}")
     tell(told, json, lambda: _print_sweep(told))
     return answers[0].recommended_loops is not None
 
