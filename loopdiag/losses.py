@@ -25,8 +25,9 @@ class SweepLosses(Result):
             max(0, d), d the change of a token's loss), and what they gain and lose from the offset of that place
             against none, `offset_helped` and `offset_harmed`: 0 where there is none, NaN in a sweep that has no model
             without offset. `nll_look` has the losses on the way, after `look` training tokens. `learning_rate`
-            [loops], `search_nll` [memory, offset, loops, rate] on the documents to choose on, `flops` per token
-            [memory, offset, loops] and `kv_bytes` per token. The coordinate `source` gives each document's cluster.
+            [loops], `search_nll` [memory, offset, loops, rate] on the documents to choose on; `flops` and `kv_bytes` of
+            a token, `kv_bytes_fixed`, `parameters_once` and `parameters_looped` [memory, offset, loops]. The coordinate
+            `source` gives each document's cluster.
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "sweep", "loopdiag sweep", SCHEMA, SweepError

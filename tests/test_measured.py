@@ -15,9 +15,11 @@ from planted import diagnosis_of
 from scipy import stats
 
 from loopdiag.bootstrap import interval, resampled_means, student_interval
+from loopdiag.errors import InputError
 from loopdiag.gaincost import decompose, recommend, recommend_training
 from loopdiag.gaincost.answer import dumps, sweep_answer
 from loopdiag.gaincost.measured import _student_noise, loss_curves, over_training
+from loopdiag.gaincost.scaling import exponent_of
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.model.config import LoopedConfig
 from loopdiag.sweep.gathering import gather
@@ -26,6 +28,7 @@ from loopdiag.sweep.grid import Grid
 calm = settings(deadline=None, derandomize=True, max_examples=25)
 DOCUMENTED = Path(__file__).parents[1] / "docs" / "json.md"
 PLACE = ("seed", "memory", "offset", "loops")
+COSTS = ("flops", "kv_bytes", "kv_bytes_fixed", "parameters_once", "parameters_looped")
 
 # Held-out losses of one to four loops with an offset, and without: two loops win, or three.
 SEVERAL = [[3.2, 3.1, 3.15, 3.14], [3.2, 3.18, 3.12, 3.13]]
@@ -73,7 +76,7 @@ def sweep_of(losses, *, loops=None, offsets=(1, 0), sources=None):
     names = [f"document {n}" for n in range(n_documents)]
     data = xr.Dataset(
         {name: ((*PLACE, "document"), of_tokens.mean(-1)) for name, of_tokens in values.items()}
-        | {name: (PLACE[1:], np.full(shape, 1e6)) for name in ("flops", "kv_bytes", "kv_bytes_fixed")}
+        | {name: (PLACE[1:], np.full(shape, 1e6)) for name in COSTS}
         | {"learning_rate": ("loops", np.full(n_loops, 0.003))}
         | {"nll_look": ((*PLACE, "look", "document"), np.stack([losses.mean(-1) + 1, losses.mean(-1)], 4))},
         {
@@ -85,7 +88,11 @@ def sweep_of(losses, *, loops=None, offsets=(1, 0), sources=None):
             "document": names,
             "source": ("document", names if sources is None else sources),
         },
-        {"provenance": json.dumps({"schema": 1, "data": "made-up text", "recipe": {"tokens": 1000}})},
+        {
+            "provenance": json.dumps(
+                {"schema": 1, "data": "made-up text", "text_sha256": "0", "recipe": {"tokens": 1000}}
+            )
+        },
     )
     return SweepLosses(data)
 
@@ -119,7 +126,8 @@ def test_made_up_sweeps_are_what_gathering_gives(tmp_path):
     config = asdict(LoopedConfig(**size, n_loops=1, vocab_size=9, n_ctx=16))
     for name in ("n_loops", "offset", "memory"):
         del config[name]
-    settings = {"config": config, "recipe": {"sequence": 8, "tokens": 1000}, "schema": 1, "data": "made-up text"}
+    text = {"data": "made-up text", "text_sha256": "0"}
+    settings = {"config": config, "recipe": {"sequence": 8, "tokens": 1000}, "schema": 1, **text}
     (tmp_path / "sweep.json").write_text(json.dumps(settings))
     (tmp_path / "cells").mkdir()
     for place in np.ndindex(losses.shape[:4]):
@@ -136,7 +144,7 @@ def test_made_up_sweeps_are_what_gathering_gives(tmp_path):
     found = gather(tmp_path)
     for name, values in expected.data_vars.items():
         assert found.data[name].dims == values.dims
-        if name not in ("flops", "kv_bytes", "kv_bytes_fixed"):
+        if name not in COSTS:
             np.testing.assert_allclose(found.data[name].values, values.values, rtol=1e-6, atol=1e-6, err_msg=name)
     for name, values in expected.coords.items():
         assert (found.data[name].values == values.values).all()
@@ -542,7 +550,17 @@ def ends(*names):
 
 
 # Every key of the answer, and of the rows in it.
-ANSWER = {"schema", "kind", "data", "price_nats_per_loop", "draws", "answers", "decompositions", "provenance"}
+ANSWER = {
+    "recurrence_exponent",
+    "schema",
+    "kind",
+    "data",
+    "price_nats_per_loop",
+    "draws",
+    "answers",
+    "decompositions",
+    "provenance",
+}
 TRAINED = {
     *("offset", "memory", "seeds", "verdict", "recommended_loops", "why_undetermined", "support", "contenders"),
     *("break_even", "leaves_out", "loops"),
@@ -647,3 +665,38 @@ def test_answer_by_hand():
     assert [row["net_helped"] for row in rows[1:]] == parts.helped["net"].mean[1:].tolist()
     assert [row["loss_off"] for row in rows] == parts.loss_off.mean.tolist()
     assert dumps(told(losses, 0.02, seed=5)) == dumps(found)
+
+
+# -- what a loop is worth in parameters ---------------------------------------------------------------
+
+
+def sized(n_once, n_rec, phi, *, seeds=1):
+    """A sweep whose losses follow L = 2 + 30 (n_once + r^phi n_rec)^-0.3 exactly, but for what all models share."""
+    law = [2 + 30 * (n_once + loops**phi * n_rec) ** -0.3 for loops in (1, 2, 3, 4)]
+    losses = made_up([law, law], seeds=seeds)
+    for name, count in (("parameters_once", n_once), ("parameters_looped", n_rec)):
+        losses.data[name][:] = count
+    return losses
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_what_a_loop_is_worth_over_two_sizes(seeds):
+    """Sweeps of two sizes give back the exponent that they were made with; one size cannot tell."""
+    small, large = sized(1e4, 1e5, 0.5, seeds=seeds), sized(2e4, 1e6, 0.5, seeds=seeds)
+    found = exponent_of([small, large])
+    assert found.phi == pytest.approx(0.5, abs=0.02)
+    assert exponent_of([large, small], offset=0).phi == pytest.approx(0.5, abs=0.02)
+    assert "size" in exponent_of([small]).why
+
+
+def test_sweeps_that_do_not_compare():
+    """Another text or budget, or no such models."""
+    small, other = sized(1e4, 1e5, 0.5), sized(2e4, 1e6, 0.5)
+    about = json.loads(other.data.attrs["provenance"]) | {"text_sha256": "1"}
+    other.data.attrs["provenance"] = json.dumps(about)
+    with pytest.raises(InputError, match="differ in text"):
+        exponent_of([small, other])
+    with pytest.raises(InputError, match="offset 7"):
+        exponent_of([small], offset=7)
+    with pytest.raises(InputError, match="No seed"):
+        exponent_of([made_up(SEVERAL, missing=[(0, 0, 0, 2)])])

@@ -209,6 +209,9 @@ def _print_sweep(told: dict[str, Any]) -> None:
         for row in parts["loops"]:
             table.add_row(str(row["loops"]), *(_interval(row, name) for name in ("gain", "tax", "net")))
         stdout.print(table)
+    worth = told["recurrence_exponent"]
+    said = f"unknown: {worth['why']}" if worth["why"] else f"{worth['phi']:.2f}"
+    stdout.print(f"What a loop is worth in parameters (phi)  {said}", highlight=False, soft_wrap=True)
 
 
 def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:

@@ -13,6 +13,7 @@ from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.curve import gain_cost
 from loopdiag.gaincost.decision import Recommendation
 from loopdiag.gaincost.measured import Decomposition, TrainingRecommendation, decompose
+from loopdiag.gaincost.scaling import exponent_of
 from loopdiag.losses import SweepLosses
 from loopdiag.measures import DEFINITIONS, is_by_loop
 from loopdiag.summary import Estimate
@@ -98,8 +99,14 @@ def sweep_answer(losses: SweepLosses, answers: Sequence[TrainingRecommendation],
         ]
         if losses.data.sizes["offset"] > 1
         else [],
+        "recurrence_exponent": _exponent(losses, answers[0]),
         "provenance": losses.provenance,
     }
+
+
+def _exponent(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, Any]:
+    found = exponent_of([losses], offset=answer.offset, memory=answer.memory)
+    return {"phi": found.phi, "low": found.low, "high": found.high, "why": found.why or None}
 
 
 def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, Any]:

@@ -17,13 +17,15 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Float
 
-from loopdiag.bootstrap import interval
+from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.errors import InputError
+from loopdiag.losses import SweepLosses
 
 WIDEST = 0.5  # an interval of phi wider than this is half of the way from worthless to as good as fresh parameters
 PHI = (-1.0, 2.0)
 DECAY = (0.01, 10.0)  # of a; language models are near 0.3, and below 0.01 a power law cannot be told from a logarithm
 PARAMETERS = 4  # phi, E, A, a
+FEWEST_SEEDS = 3  # of fewer, seeds cannot say how much trainings differ
 FEWEST_DRAWS = 100  # of fewer, the ends of a 95 % interval lie too far inside
 MISFIT = 2.0  # how many times their own error the losses may miss the form before the verdict says so
 
@@ -106,6 +108,55 @@ class Exponent:
                 f"{self.noise:.2g}: the interval leaves the difference out, and is too narrow."
             )
         return text
+
+
+def exponent_of(
+    sweeps: Sequence[SweepLosses], *, offset: int | None = None, memory: str | None = None, seed: int = 0
+) -> Exponent:
+    """phi over the models of sweeps of several sizes, which must have been trained on equally many tokens of one text.
+
+    The columns are seeds where all models share three or more, else draws over documents of the seeds' mean.
+
+    Args:
+        sweeps: One of each size.
+        offset, memory: Of the models; the first sweep's first when None.
+        seed: Of the draws.
+
+    Raises:
+        InputError: Sweeps of other texts or budgets, or one without such models.
+    """
+    if len({(about["text_sha256"], about["recipe"]["tokens"]) for about in (each.provenance for each in sweeps)}) != 1:
+        raise InputError("The sweeps differ in text or training tokens: a size cannot be told from that.")
+    offset = int(sweeps[0].data["offset"].values[0]) if offset is None else offset
+    memory = str(sweeps[0].data["memory"].values[0]) if memory is None else memory
+    try:
+        wired = [each.data.sel(offset=offset, memory=memory) for each in sweeps]
+    except KeyError:
+        raise InputError(f"A sweep has no models with offset {offset} and memory {memory!r}.") from None
+    # [seed, loops, document] of each; seeds that every model has.
+    losses = [data["nll"].transpose("seed", "loops", "document") for data in wired]
+    complete = [nll.seed.values[np.isfinite(nll.values).all((1, 2))] for nll in losses]
+    seeds = sorted(set(complete[0].tolist()).intersection(*(each.tolist() for each in complete[1:])))
+    if not seeds:
+        raise InputError(f"No seed of these sweeps has all models with offset {offset} and memory {memory!r} yet.")
+    over_seeds = len(seeds) >= FEWEST_SEEDS
+    models = []
+    for data, nll in zip(wired, losses, strict=True):
+        chosen = nll.sel(seed=seeds)
+        if over_seeds:
+            columns = chosen.mean("document").values  # [seed, loops]
+        else:
+            columns = resampled_means(chosen.mean("seed").values.T, data["source"].values, seed=seed)
+        models += [
+            Measured(
+                int(loops),
+                float(data["parameters_once"].sel(loops=loops)),
+                float(data["parameters_looped"].sel(loops=loops)),
+                columns[:, place],
+            )
+            for place, loops in enumerate(data["loops"].values)
+        ]
+    return recurrence_exponent(models, columns="seeds" if over_seeds else "draws")
 
 
 def recurrence_exponent(models: Sequence[Measured], *, columns: Literal["seeds", "draws"]) -> Exponent:

@@ -13,7 +13,7 @@ import xarray as xr
 
 from loopdiag.losses import SweepLosses
 from loopdiag.model.config import LoopedConfig, RopeScaling
-from loopdiag.model.facts import flops, kv_bytes
+from loopdiag.model.facts import flops, kv_bytes, parameters
 from loopdiag.results import about_machine
 from loopdiag.sweep.grid import Cell
 
@@ -108,23 +108,27 @@ def _axes(folder: Path, cells: Collection[Cell]) -> dict[str, list[Any]]:
 
 
 def _costs(settings: dict[str, Any], axes: dict[str, list[Any]]) -> dict[str, Any]:
-    """Work and memory of a token, which a configuration tells."""
+    """Work and memory of a token, and parameters, which a configuration tells."""
     known = {field.name for field in fields(LoopedConfig)}
     base = {name: value for name, value in settings["config"].items() if name in known}
     if base["rope_scaling"]:
         base["rope_scaling"] = RopeScaling(**base["rope_scaling"])
     shape = tuple(len(axes[name]) for name in PLACE[1:])
-    work, kept, fixed = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    work, kept, fixed, once, looped = (np.zeros(shape) for _ in range(5))
     for place in np.ndindex(*shape):
         memory, offset, n_loops = (axes[name][index] for name, index in zip(PLACE[1:], place, strict=True))
         cfg = LoopedConfig(**base, n_loops=n_loops, offset=offset, memory=memory)
         work[place] = flops(cfg, n_loops, settings["recipe"]["sequence"])
         memory_of = kv_bytes(cfg, n_loops)
         kept[place], fixed[place] = memory_of.per_token, memory_of.fixed
+        learnt = parameters(cfg)
+        once[place], looped[place] = learnt.once - learnt.looped, learnt.looped
     return {
         "flops": (PLACE[1:], work, {"units": "FLOP per token", "long_name": "forward, at the end of a sequence"}),
         "kv_bytes": (PLACE[1:], kept, {"units": "bytes per token", "long_name": "keys and values in 16 bits"}),
         "kv_bytes_fixed": (PLACE[1:], fixed, {"units": "bytes", "long_name": "windows and carries of a text"}),
+        "parameters_once": (PLACE[1:], once, {"units": "1", "long_name": "parameters that a token uses once"}),
+        "parameters_looped": (PLACE[1:], looped, {"units": "1", "long_name": "parameters that every loop uses"}),
     }
 
 
