@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 # "The data cannot tell" (exit code 3) is an answer, not a failure of make.
 UNDETERMINED_IS_FINE := || [ $$? -eq 3 ]
 
-.PHONY: demo test test-all lint figures saved emergence family bench clean
+.PHONY: demo test test-all lint figures saved emergence family families findings bench clean
 
 demo: $(BASE)  ## answer the question on the bundled model and documents
 	mkdir -p build/demo
@@ -50,6 +50,12 @@ figures/saved/emergence.json: | $(DEV)  # trains for about a quarter of an hour 
 
 family: $(DEV)  ## train the bundled models again (an hour on two cores; goes on where it stopped)
 	$(BIN)/python -m loopdiag.sweep.family
+
+families: $(DEV)  ## train the backtest's families (eight hours on two cores; goes on where it stopped)
+	$(BIN)/python benchmarks/families.py
+
+findings: $(DEV)  ## write docs/findings.md and draw figures/sweeps from what the families were measured to be
+	$(BIN)/python benchmarks/findings.py
 
 bench: $(BASE)  ## cost of the hook points and of measuring, memory of loading
 	$(BIN)/python benchmarks/hook_overhead.py

@@ -17,6 +17,7 @@ from tiny import word_tokenizer, words
 
 import loopdiag as ld
 from loopdiag.errors import InputError
+from loopdiag.gaincost import recommend_training
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.model import LoopedLM
 from loopdiag.sweep import planning, running, tasks
@@ -632,7 +633,7 @@ def test_training_on_starts_from_the_models_weights(finished, tmp_path):
     unchanged = losses.data["nll"].sel(seed=0, memory="first", offset=1, loops=2)
     expected = finished[2].data["nll"].sel(seed=1, memory="first", offset=1, loops=2)
     np.testing.assert_allclose(unchanged, expected, atol=1e-4)
-    assert losses.provenance["from"] == str(origin)
+    assert losses.provenance["from"].startswith(f"{origin}, weights ")
     with pytest.raises(SweepError, match=r"holds another sweep .*from differs"):
         swept(
             finished[1],
@@ -714,6 +715,21 @@ def test_a_sweep_of_one_model_so_far(finished, tmp_path):
         np.testing.assert_array_equal(
             data["nll"].squeeze(), finished[2].data["nll"].sel(seed=0, offset=cell.offset, loops=cell.n_loops).squeeze()
         )
+
+
+def test_a_sweep_knows_what_was_asked_for(finished, tmp_path):
+    """Also while most of it is missing; a grid that is extended is the larger one."""
+    folder = tmp_path / "begun"
+    (folder / "cells").mkdir(parents=True)
+    for name in ("sweep.json", "grid.json"):
+        shutil.copy(finished[0] / name, folder)
+    cell = GRID.cells([0])[0]
+    shutil.copy(finished[0] / "cells" / f"{cell.name}.nc", folder / "cells")
+    data = running.gather(folder).data
+    assert data["nll"].sizes == finished[2].data["nll"].sizes
+    assert int(data["nll"].notnull().all("document").sum()) == 1
+    with pytest.raises(SweepError, match="yet: run `loopdiag sweep`"):
+        recommend_training(running.gather(folder))
 
 
 def test_a_model_that_diverged_spoils_its_own_place_alone(finished, tmp_path):
