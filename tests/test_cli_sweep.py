@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -326,3 +327,13 @@ def test_a_process_of_mpi_trains_alone(asked, tmp_path):
         assert done.returncode == 0, done.stderr
         assert (done.stdout == "", "still to train" in done.stderr) == (rank == 1, rank == 0)
     assert len(trained(tmp_path / "work")) == 1
+
+
+def test_rates_at_the_end_of_those_tried_are_told(asked, tmp_path):
+    """Of two rates either is the last one on its side; of one there is nothing to tell."""
+    places = ["--loops", "2", "--offset", "off", "--memory", "own", "--search-tokens", "128"]
+    result = run("sweep", *asked, *places, "--lr", "0.001,0.01", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert re.search(r"learning rates: 0\.0?01 for 2 loops", said)
+    assert "of loop counts 2 that is the last one tried: a wider --lr in a new folder may do better" in said

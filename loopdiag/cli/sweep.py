@@ -134,7 +134,20 @@ def sweep(
         if rank == 0:
             if not quiet:
                 note(repr(losses))
+                _note_rates(losses, rates)
             stdout.print(str(out / RESULT), markup=False, highlight=False, soft_wrap=True)
+
+
+def _note_rates(losses: SweepLosses, rates: tuple[float, ...]) -> None:
+    """Say which learning rates were chosen, and where a better one may lie beyond those that were tried."""
+    if len(rates) == 1:
+        return
+    chosen = losses.data["learning_rate"]
+    note("learning rates: " + ", ".join(f"{float(rate):g} for {int(rate.loops)} loops" for rate in chosen))
+    if at_end := [str(int(rate.loops)) for rate in chosen if float(rate) in (rates[0], rates[-1])]:
+        note(
+            f"of loop counts {', '.join(at_end)} that is the last one tried: a wider --lr in a new folder may do better"
+        )
 
 
 def recommend_from_sweep(
