@@ -1,6 +1,8 @@
 """How well does one checkpoint tell how many loops to train with? Scored against measured families.
 
-    python benchmarks/backtest.py [--price 0.01] [--json FILE]
+    python benchmarks/backtest.py [--price 0.01] [--json FILE]    score every rule on the half to choose on
+    python benchmarks/backtest.py --choose                        write the rule chosen there to benchmarks/chosen.json
+    python benchmarks/backtest.py --unseen                        once that file is committed: score the other half, too
 
 A family is what `benchmarks/families.py` trained of one data set and size with one offset and memory: a model for each
 loop count. The recommender sees the diagnosis of ONE of them, the one with most loops, and predicts how many loops to
@@ -8,35 +10,46 @@ train with. The truth is the utility measured on all of them, -loss - price * (l
 
 - regret: utility lost by the prediction, in nats per token, 0 at best;
 - hit: the prediction is within one standard error of the best count;
-- support: how sure the prediction was over resampled documents, against how often it hit.
+- support: how sure the prediction is, the share of resamples of the checkpoint's documents that give the same one.
+  It is calibrated where predictions of 80 % support hit in 80 % of the cases.
 
-Which rule is used was chosen on one half of the data sets; the other half is for the score alone.
+Which rule is used is chosen on one half of the data sets. The other half is for the score alone: nothing of it is read
+before the choice is made, from complete families, and committed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from families import FAMILIES, SWEEPS
+from families import FAMILIES, LOOPS, SWEEPS, Family
 from rich.console import Console
 from rich.table import Table
 
-from loopdiag.bootstrap import interval, resampled_means
+from loopdiag.bootstrap import interval, resampled_means, resampled_nanmeans
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.files import whole
 from loopdiag.gaincost import recommend, recommend_training
-from loopdiag.gaincost.decision import predict
-from loopdiag.gaincost.lenses import LENSES
-from loopdiag.gaincost.rule import PRICE
+from loopdiag.gaincost.lenses import INPUTS, LENSES, lens_picks
+from loopdiag.gaincost.rule import FEWEST_SOURCES, PRICE
 from loopdiag.losses import SweepLosses
 
 AIM_REGRET, AIM_HITS = 0.01, 0.80
+CHOSEN = Path(__file__).parent / "chosen.json"
+HALVES = ("choose", "unseen")
+RESAMPLES = 200  # of a checkpoint's documents, on each of which every rule is asked
+# Bins of support: name, and from where on (the last but one holds 95 % itself).
+BINS = (("below 50 %", 0.0), ("50 to 80 %", 0.5), ("80 to 95 %", 0.8), ("above 95 %", np.nextafter(0.95, 1)))
+
+
+class Refused(Exception):
+    """Nothing to score yet, or nothing that may be looked at yet; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +57,17 @@ class Case:
     """One checkpoint and the family that it is of.
 
     Attributes:
-        data: Data set and size, the cluster of the intervals.
+        family: Name of the sweep.
+        data: What it was trained on, the cluster of the intervals.
         half: Of the backtest.
         offset, memory, seed: Which family, and which checkpoint of it.
         utility: Measured, by loop count.
         error: Standard error of the difference of each from the best, by loop count.
         picks: What each rule predicts.
-        support: How often the lenses' combination predicts what it predicts, over resampled documents.
+        support: In which share of resamples of the documents each rule predicts the same; 1 of those that always do.
     """
 
+    family: str
     data: str
     half: str
     offset: int
@@ -61,7 +76,7 @@ class Case:
     utility: dict[int, float]
     error: dict[int, float]
     picks: dict[str, int]
-    support: float
+    support: dict[str, float]
 
     @property
     def best(self) -> int:
@@ -84,20 +99,54 @@ COMBINATIONS: dict[str, Callable[[Sequence[int]], int]] = {
 }
 
 
-def rules(diagnosis: Diagnosis, lenses: Mapping[str, int], price: float) -> dict[str, int]:
-    """What each rule predicts from one checkpoint."""
-    loops = [int(loop) for loop in diagnosis.loops]
-    most = loops[-1]
-    single = {name: lenses.get(name, most) for name in LENSES}
+def from_lenses(lenses: Mapping[str, int], most: int) -> dict[str, int]:
+    """What each combination and each lens predicts, where no lens has an opinion `most`."""
     combined = {name: combine(list(lenses.values()) or [most]) for name, combine in COMBINATIONS.items()}
-    exits = recommend(diagnosis, price).pick
-    return combined | single | {"exit NLL": exits, "always 1": 1, "always 2": 2, "always max": most}
+    return combined | {name: lenses.get(name, most) for name in LENSES}
 
 
-def cases(price: float) -> list[Case]:
-    """Every checkpoint of the largest loop count whose family is complete."""
+def rules(diagnosis: Diagnosis, price: float) -> tuple[dict[str, int], dict[str, float]]:
+    """What each rule predicts from one checkpoint, and with which support."""
+    most = int(diagnosis.loops[-1])
+    curves = {
+        name: diagnosis.data[name].mean([dim for dim in diagnosis.data[name].dims if dim not in ("document", "loop")])
+        for name in INPUTS
+        if name in diagnosis.data
+    }
+    sources = diagnosis.data["source"].values
+    draws = [resampled_nanmeans(curve.values, sources, RESAMPLES) for curve in curves.values()]
+    picks = from_lenses(lens_picks({name: curve.mean("document").values for name, curve in curves.items()}), most)
+    drawn = [from_lenses(lens_picks(dict(zip(curves, draw, strict=True))), most) for draw in zip(*draws, strict=True)]
+    support = {rule: float(np.mean([other[rule] == pick for other in drawn])) for rule, pick in picks.items()}
+    exits = recommend(diagnosis, price)
+    always = {"always 1": 1, "always 2": 2, "always max": most}
+    return (
+        picks | {"exit NLL": exits.pick} | always,
+        support | {"exit NLL": exits.support[exits.pick]} | dict.fromkeys(always, 1.0),
+    )
+
+
+def places(family: Family) -> tuple[int, int]:
+    """How many models of a sweep (seeds, memories, offsets, loop counts) are measured, and how many it is to have."""
+    asked = {"seed": range(family.seeds), "memory": family.memories, "offset": (1, 0), "loops": LOOPS}
+    wanted = int(np.prod([len(values) for values in asked.values()]))
+    file = SWEEPS / family.name / "sweep.nc"
+    if not file.is_file():
+        return 0, wanted
+    nll = SweepLosses.load(file).data["nll"].reindex({name: list(values) for name, values in asked.items()})
+    return int(nll.notnull().all("document").sum()), wanted
+
+
+def incomplete(half: str) -> list[str]:
+    """The sweeps of a half that are not completely trained, each with how far it is."""
+    counted = {family.name: places(family) for family in FAMILIES if family.half == half}
+    return [f"{name} ({there} of {wanted} places)" for name, (there, wanted) in counted.items() if there < wanted]
+
+
+def cases(price: float, half: str) -> list[Case]:
+    """Every checkpoint of the largest loop count of a half whose family is complete."""
     found = []
-    for family in FAMILIES:
+    for family in (family for family in FAMILIES if family.half == half):
         folder = SWEEPS / family.name
         if not (folder / "sweep.nc").is_file():
             continue
@@ -114,20 +163,21 @@ def cases(price: float) -> list[Case]:
                 error = _errors(nll.values, nll["source"].values, int(utility.argmax()))
                 for seed in nll["seed"].values:
                     file = folder / "diagnoses" / f"loops{most}-offset{offset}-{memory}-seed{seed}.nc"
-                    diagnosis = Diagnosis.load(file)
-                    lenses, support = predict(diagnosis)
-                    picks = rules(diagnosis, lenses, price)
+                    if not file.is_file():
+                        raise Refused(f"{file} is missing: python benchmarks/families.py {family.name} makes it.")
+                    picks, support = rules(Diagnosis.load(file), price)
                     found.append(
                         Case(
                             family.name,
-                            family.half,
+                            family.data,
+                            half,
                             int(offset),
                             str(memory),
                             int(seed),
                             dict(zip(answer.loops, utility.tolist(), strict=True)),
                             dict(zip(answer.loops, error.tolist(), strict=True)),
                             picks,
-                            support.get(picks["lower median of lenses"], 1.0),
+                            support,
                         )
                     )
     return found
@@ -143,74 +193,195 @@ def _errors(nll: np.ndarray, sources: np.ndarray, best: int) -> np.ndarray:
     return np.sqrt(variance)
 
 
-def score(chosen: Sequence[Case], rule: str) -> dict[str, Any]:
-    """Mean regret and hit rate of a rule, families weighing alike, with 95 % intervals over data sets."""
-    families: dict[tuple[str, int, str], list[Case]] = {}
+def over_families(chosen: Sequence[Case], value: Callable[[Case], float], name: str) -> dict[str, float | None]:
+    """A mean, families weighing alike, and its 95 % interval over data sets; none where they are too few to tell."""
+    families: dict[tuple[str, str, int, str], list[float]] = {}
     for case in chosen:
-        families.setdefault((case.data, case.offset, case.memory), []).append(case)
-    values = np.array(
-        [
-            (np.mean([case.regret(rule) for case in each]), np.mean([case.hit(rule) for case in each]))
-            for each in families.values()
-        ]
-    )
-    low, high = interval(resampled_means(values, [data for data, _, _ in families]))
+        families.setdefault((case.data, case.family, case.offset, case.memory), []).append(value(case))
+    means, data = np.array([np.mean(each) for each in families.values()]), [key[0] for key in families]
+    low, high = None, None
+    if len(set(data)) >= FEWEST_SOURCES:
+        low, high = map(float, interval(resampled_means(means, data)))
+    return {name: float(means.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def score(chosen: Sequence[Case], rule: str) -> dict[str, Any]:
+    """Mean regret and hit rate of a rule."""
     return {
         "rule": rule,
-        "families": len(families),
-        **{
-            f"{name}{end}": float(array[index])
-            for index, name in enumerate(("regret", "hits"))
-            for end, array in (("", values.mean(0)), ("_low", low), ("_high", high))
-        },
+        "families": len({(case.family, case.offset, case.memory) for case in chosen}),
+        "data_sets": len({case.data for case in chosen}),
+        **over_families(chosen, lambda case: case.regret(rule), "regret"),
+        **over_families(chosen, lambda case: case.hit(rule), "hits"),
     }
 
 
-def chosen_rule(found: Sequence[Case]) -> str:
-    """The rule of least mean regret on the half to choose on; of equals the first."""
-    half = [case for case in found if case.half == "choose"]
-    return min(found[0].picks, key=lambda rule: round(score(half, rule)["regret"], 9))
+def calibration(chosen: Sequence[Case], rule: str) -> dict[str, Any]:
+    """Whether a rule hits as often as it is sure: by bins of support, and the mean of support - hit."""
+    places = np.digitize([case.support[rule] for case in chosen], [start for _, start in BINS[1:]])
+    bins: list[dict[str, Any]] = []
+    for place, (name, _) in enumerate(BINS):
+        some = [case for case, of in zip(chosen, places, strict=True) if of == place]
+        support, hits = (
+            float(np.mean(values)) if values else None
+            for values in ([case.support[rule] for case in some], [case.hit(rule) for case in some])
+        )
+        bins.append({"support": name, "cases": len(some), "mean_support": support, "hits": hits})
+    overconfidence = over_families(chosen, lambda case: case.support[rule] - case.hit(rule), "support_less_hits")
+    return {"rule": rule, "bins": bins, **overconfidence}
 
 
-def backtest(price: float) -> dict[str, Any]:
-    """Everything that the backtest says, ready for JSON."""
-    found = cases(price)
-    if not found:
-        raise SystemExit("No family is trained: python benchmarks/families.py")
-    halves = {half: [case for case in found if case.half == half] for half in ("choose", "unseen")}
+def best_rule(found: Sequence[Case]) -> str:
+    """The rule of least mean regret; of equals the first."""
+    return min(found[0].picks, key=lambda rule: round(score(found, rule)["regret"], 9))
+
+
+def choose(price: float) -> str:
+    """Choose the rule, once and for all, and write it to `CHOSEN`."""
+    if CHOSEN.exists():
+        raise Refused(f"{CHOSEN} holds the choice already; it is made once.")
+    if missing := incomplete("choose"):
+        raise Refused(f"The rule is chosen when the half `choose` is completely trained: {', '.join(missing)}.")
+    found = cases(price, "choose")
+    told = {"price": price, **score(found, best_rule(found))}
+    with whole(CHOSEN) as partial:
+        partial.write_text(json.dumps(told, indent=1) + "\n")
+    return told["rule"]
+
+
+def chosen_rule(price: float) -> str:
+    """The rule that was chosen and committed, without which nothing of the unseen half is looked at."""
+    if not CHOSEN.is_file():
+        raise Refused("No rule is chosen yet: python benchmarks/backtest.py --choose, and commit what it writes.")
+    if missing := incomplete("choose"):
+        raise Refused(f"The half `choose` is not completely trained: {', '.join(missing)}.")
+    if not committed(CHOSEN):
+        raise Refused(f"{CHOSEN} is not committed as it is: the choice comes before the look at the unseen half.")
+    told = json.loads(CHOSEN.read_text())
+    if told["price"] != price:
+        raise Refused(f"The rule was chosen at a price of {told['price']:g}, not {price:g}.")
+    return told["rule"]
+
+
+def committed(file: Path) -> bool:
+    """Whether git's last commit has a file as it is."""
+    try:
+        said = subprocess.run(["git", "show", f"HEAD:./{file.name}"], cwd=file.parent, capture_output=True, check=False)
+    except FileNotFoundError:  # no git
+        return False
+    return said.returncode == 0 and said.stdout == file.read_bytes()
+
+
+def backtest(price: float, *, unseen: bool = False) -> dict[str, Any]:
+    """Everything that the backtest says, ready for JSON.
+
+    Args:
+        price: Nats per token that an extra loop must bring.
+        unseen: Score the unseen half, too, by the rule that was chosen and committed. Else the rule is the one of least
+            regret so far, and nothing of the unseen half is read.
+
+    Raises:
+        Refused: No family is trained, or the unseen half may not be looked at yet.
+    """
+    rule = chosen_rule(price) if unseen else None
+    shown = HALVES if unseen else HALVES[:1]
+    halves = {half: cases(price, half) for half in shown}
+    halves = {half: some for half, some in halves.items() if some}
+    if not halves:
+        raise Refused("No family is trained: python benchmarks/families.py")
+    rule = rule or best_rule(halves["choose"])
     return {
         "price": price,
-        "chosen": chosen_rule(found) if halves["choose"] else None,
-        "scores": {half: [score(some, rule) for rule in some[0].picks] for half, some in halves.items() if some},
-        "cases": [asdict(case) | {"best": case.best} for case in found],
+        "chosen": rule,
+        "final": unseen,
+        "incomplete": [said for half in shown for said in incomplete(half)],
+        "scores": {half: [score(some, each) for each in some[0].picks] for half, some in halves.items()},
+        "calibration": {half: calibration(some, rule) for half, some in halves.items()},
+        "cases": [asdict(case) | {"best": case.best} for some in halves.values() for case in some],
     }
 
 
-def main() -> None:
+def text(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A mean of a score, with its interval where it has one."""
+    mean, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    return f"{mean:{form}}" + ("" if low is None else f" ({low:{form}} to {high:{form}})")
+
+
+def why_no_interval(scores: Sequence[Mapping[str, Any]]) -> str:
+    """Why scores have no intervals; empty where they have."""
+    if scores[0]["regret_low"] is not None:
+        return ""
+    return (
+        f"No intervals over data sets, of which there are {scores[0]['data_sets']}: fewer than {FEWEST_SOURCES} cannot "
+        "say how much they differ."
+    )
+
+
+def calibration_rows(told: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Of a table: bin, cases, mean support, hits."""
+    return [
+        (
+            *(row["support"], str(row["cases"])),
+            *("-" if row[name] is None else f"{row[name]:.0%}" for name in ("mean_support", "hits")),
+        )
+        for row in told["bins"]
+    ]
+
+
+def show(told: Mapping[str, Any], console: Console) -> None:
+    """Print the scores and the calibration of the rule."""
+    mark = "chosen" if told["final"] else "least regret so far"
+    for half, scores in told["scores"].items():
+        title = f"{half}: {scores[0]['families']} families, price {told['price']:g}"
+        rows = [
+            (
+                row["rule"] + (f" ({mark})" if row["rule"] == told["chosen"] else ""),
+                text(row, "regret", ".4f"),
+                text(row, "hits", ".0%"),
+            )
+            for row in scores
+        ]
+        _print(console, title, ("rule", "mean regret", "hits"), rows)
+        calibrated = told["calibration"][half]
+        headings = ("support", "cases", "mean support", "hits")
+        _print(console, f"{half}: is {told['chosen']} as sure as it is right?", headings, calibration_rows(calibrated))
+        console.print(f"Support less hits, mean over families: {text(calibrated, 'support_less_hits', '+.0%')}.")
+        console.print(why_no_interval(scores) or "In brackets: 95 % intervals over data sets.")
+    if told["incomplete"]:
+        console.print(f"Not completely trained: {', '.join(told['incomplete'])}.")
+
+
+def _print(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the scores."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--price", type=float, default=PRICE, help="nats per token and loop")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--half", choices=("choose", "unseen"), help="this half alone")
-    arguments = parser.parse_args()
-    told = backtest(arguments.price)
-    console = Console(width=110)
-    for half, scores in told["scores"].items():
-        if arguments.half not in (None, half):
-            continue
-        table = Table(title=f"{half}: {scores[0]['families']} families, price {told['price']:g}", title_justify="left")
-        for heading in ("rule", "mean regret [95 %]", "hits [95 %]"):
-            table.add_column(heading)
-        for row in scores:
-            table.add_row(
-                row["rule"] + (" (chosen)" if row["rule"] == told["chosen"] else ""),
-                f"{row['regret']:.4f} \\[{row['regret_low']:.4f}, {row['regret_high']:.4f}]",
-                f"{row['hits']:.0%} \\[{row['hits_low']:.0%}, {row['hits_high']:.0%}]",
-            )
-        console.print(table)
-    if arguments.json:
-        with whole(arguments.json) as partial:
-            partial.write_text(json.dumps(told, indent=1) + "\n")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--choose", action="store_true", help=f"choose the rule, and write it to {CHOSEN.name}")
+    action.add_argument(
+        "--unseen", action="store_true", help="score the unseen half, too, once the choice is committed"
+    )
+    given = parser.parse_args(arguments)
+    console = Console(width=110, highlight=False, markup=False)
+    try:
+        if given.choose:
+            console.print(f"Chosen: {choose(given.price)}. Now commit {CHOSEN}.")
+        told = backtest(given.price, unseen=given.unseen)
+    except Refused as refused:
+        parser.exit(1, f"{refused}\n")
+    show(told, console)
+    if given.json:
+        with whole(given.json) as partial:
+            partial.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

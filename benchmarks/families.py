@@ -70,13 +70,13 @@ class Family:
 
 FAMILIES = (
     Family("code", "choose", "bundled", "tiny", 3_276_800, memories=("first", "own"), seeds=3),
+    Family("code-narrow", "choose", "bundled", NARROW, 3_276_800),
     Family("p_hop", "choose", "p_hop", NARROW, 1_500_000, batch_size=16, memories=("first", "own")),
-    Family("addition", "choose", "addition", NARROW, 3_000_000, batch_size=16),
+    Family("addition", "unseen", "addition", NARROW, 3_000_000, batch_size=16),
     Family("docstrings", "unseen", "docstrings", "tiny", 3_276_800),
     Family("permutations", "unseen", "permutations", NARROW, 3_000_000, batch_size=16, memories=("first", "own")),
     Family("brackets", "unseen", "brackets", NARROW, 1_500_000, batch_size=16),
     Family("unigram", "unseen", "unigram", NARROW, 1_000_000, batch_size=16),
-    Family("code-narrow", "unseen", "bundled", NARROW, 3_276_800),
 )
 
 

@@ -3,33 +3,49 @@
     python benchmarks/findings.py
 
 Every number and every verdict of the page is made here from benchmarks/sweeps; sweeps that are not trained yet, or in
-part, are said to be missing.
+part, are said to be missing. Those of the backtest's unseen half are not read before its rule is chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from backtest import AIM_HITS, AIM_REGRET, backtest
-from families import FAMILIES, SWEEPS
-from scipy.stats import spearmanr
+from backtest import (
+    AIM_HITS,
+    AIM_REGRET,
+    HALVES,
+    Refused,
+    backtest,
+    calibration_rows,
+    chosen_rule,
+    incomplete,
+    text,
+    why_no_interval,
+)
+from families import FAMILIES, LOOPS, SWEEPS
+from scipy.stats import rankdata
 
 from loopdiag import plots
 from loopdiag.bootstrap import interval, resampled_means, student_interval
 from loopdiag.diagnosis import Diagnosis
+from loopdiag.errors import InputError
 from loopdiag.files import whole
 from loopdiag.gaincost import decompose, recommend_training
 from loopdiag.gaincost.measured import CLAIM
-from loopdiag.gaincost.rule import PRICE
-from loopdiag.losses import SweepError, SweepLosses
+from loopdiag.gaincost.rule import FEWEST_SOURCES, PRICE
+from loopdiag.gaincost.scaling import exponent_of
+from loopdiag.losses import SweepLosses
 
-ROOT = Path(__file__).parents[1]
+ROOT = SWEEPS.parents[1]
 PAGE, FIGURES = ROOT / "docs" / "findings.md", ROOT / "figures" / "sweeps"
 DRAWS = 2000
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the training tokens
+FEWEST_RANKED = 3  # models; a rank correlation of two is 1 or -1 whatever they are
+SIZES = ("code", "code-narrow")  # of one text and budget
+COUNTS = ", ".join(map(str, LOOPS))
 # Numbers of one checkpoint that might track the tax: measure, and which loops.
 TRACKERS = {
     "cost of the last loop": ("cost", "last"),
@@ -59,11 +75,8 @@ class Spread:
 
 
 def spread(values: xr.DataArray) -> Spread:
-    """Of values by seed and document: over seeds where there are three, else over documents; missing seeds left out."""
+    """Of values by seed and document: over seeds where there are three, else over documents."""
     array = values.transpose("seed", "document").values
-    array = array[np.isfinite(array).all(1)]
-    if not len(array):
-        return Spread(np.nan, np.nan, np.nan)
     if len(array) >= CLAIM:
         low, high = student_interval(array.mean(1))
     else:
@@ -71,10 +84,20 @@ def spread(values: xr.DataArray) -> Spread:
     return Spread(float(array.mean()), float(low), float(high))
 
 
-def trained() -> dict[str, SweepLosses]:
-    """The sweeps that are there, by name."""
-    files = {family.name: SWEEPS / family.name / "sweep.nc" for family in FAMILIES}
+def trained(*, unseen: bool) -> dict[str, SweepLosses]:
+    """The sweeps that are there, by name; those of the unseen half when it may be looked at."""
+    shown = HALVES if unseen else HALVES[:1]
+    files = {family.name: SWEEPS / family.name / "sweep.nc" for family in FAMILIES if family.half in shown}
     return {name: SweepLosses.load(file) for name, file in files.items() if file.is_file()}
+
+
+def why_held_back() -> str:
+    """Why the unseen half is not shown; empty where it is."""
+    try:
+        chosen_rule(PRICE)
+    except Refused as refused:
+        return str(refused).replace(f"{ROOT}/", "")
+    return ""
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -82,211 +105,491 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
 
 
-def by_memory(sweeps: dict[str, SweepLosses]) -> Iterator[tuple[str, str, xr.Dataset]]:
-    """Every sweep and memory, with its losses."""
+def trainings(seeds: int) -> str:
+    """How many trainings of each model a row rests on."""
+    return "one training" if seeds == 1 else f"{seeds} trainings"
+
+
+def rows_of(count: int) -> str:
+    """So many rows."""
+    return f"{count} row" + ("s" if count != 1 else "")
+
+
+def claimed(counted: int, left_out: int) -> str:
+    """Which rows a verdict is made from."""
+    others = (
+        f" {rows_of(left_out)} of fewer trainings {'is' if left_out == 1 else 'are'} shown, but not counted: another "
+        "training might say otherwise."
+        if left_out
+        else ""
+    )
+    if not counted:
+        return f"Nothing is claimed yet: no row has {CLAIM} trainings of each model.{others}"
+    return f"Counted: {rows_of(counted)} with {CLAIM} trainings of each model or more.{others}"
+
+
+def by_memory(
+    sweeps: dict[str, SweepLosses], memories: Sequence[str] | None = None
+) -> Iterator[tuple[str, str, xr.Dataset]]:
+    """Every sweep and memory, with the losses of the seeds that have all its models, where there is such a seed.
+
+    Args:
+        sweeps: By name.
+        memories: When given, seeds must have the models of all of these, and each sweep comes once.
+    """
     for name, losses in sweeps.items():
-        for memory in losses.data["memory"].values:
-            yield name, str(memory), losses.data.sel(memory=memory)
+        for memory in [list(memories)] if memories else losses.data["memory"].values:
+            try:
+                data = losses.data.sel(memory=memory, offset=[1, 0], loops=list(LOOPS))
+            except KeyError:  # a sweep that has no such models
+                continue
+            nll = data["nll"].transpose("seed", ...).values
+            data = data.isel(seed=np.flatnonzero(np.isfinite(nll).reshape(len(nll), -1).all(1)))
+            if data.sizes["seed"]:
+                yield name, str(memory), data
+
+
+def tax_of(data: xr.Dataset, name: str = "nll") -> xr.DataArray:
+    """What the offset costs."""
+    return (data[name].sel(offset=1) - data[name].sel(offset=0)).astype(float)
 
 
 def of_the_tax(sweeps: dict[str, SweepLosses]) -> str:
     """Question 1."""
-    rows, signs, moved = [], [], []
+    rows, signs, moved, left_out = [], [], [], 0
     for name, memory, data in by_memory(sweeps):
-        tax = data["nll"].sel(offset=1) - data["nll"].sel(offset=0)
-        loops = [int(count) for count in data["loops"].values if count > 1]
-        taxes = [spread(tax.sel(loops=count)) for count in loops]
-        change = spread(tax.sel(loops=loops[-1]) - tax.sel(loops=loops[0]))
-        if np.isnan(change.mean):
+        tax, seeds = tax_of(data), data.sizes["seed"]
+        taxes = [spread(tax.sel(loops=count)) for count in LOOPS[1:]]
+        change = spread(tax.sel(loops=LOOPS[-1]) - tax.sel(loops=LOOPS[1]))
+        if seeds >= CLAIM:
+            signs += [each.sign for each in taxes]
+            moved.append(change.sign)
+        else:
+            left_out += 1
+        rows.append((name, memory, trainings(seeds), *map(str, taxes), str(change)))
+    if not rows:
+        return "No sweep has all models of a seed yet."
+    changes = f"tax({LOOPS[-1]}) - tax({LOOPS[1]})"
+    said = [
+        "The tax of a loop count is the loss of the model that was trained with the offset less that of the model "
+        "trained without; below 0 the offset helps.",
+        claimed(len(moved), left_out),
+    ]
+    if moved:
+        told = len(moved) - moved.count(0)
+        said += [
+            f"Of their {len(signs)} taxes {signs.count(1)} are above 0, {signs.count(-1)} below, and {signs.count(0)} "
+            "cannot be told from it.",
+            f"The change {changes} is told from 0 in {told} of {rows_of(len(moved))} (above 0 in {moved.count(1)}, "
+            f"below in {moved.count(-1)}): "
+            + (f"there the tax is not the same at {LOOPS[1]} and {LOOPS[-1]} loops." if told else "")
+            + ("a constant tax is not ruled out." if not told else ""),
+        ]
+    heading = ("trained on", "memory", "from", *(f"tax({count})" for count in LOOPS[1:]), changes)
+    return f"{' '.join(said)}\n\n{table(heading, rows)}\n\n### Over training\n\n{of_the_tax_over_training(sweeps)}"
+
+
+def of_the_tax_over_training(sweeps: dict[str, SweepLosses]) -> str:
+    """Question 1: how the tax moves with tokens seen."""
+    rows, moved = [], []
+    for name, memory, data in by_memory(sweeps):
+        if data.sizes["seed"] < CLAIM:
             continue
-        signs += [each.sign for each in taxes]
-        moved.append(change.sign)
-        seeds = int(np.isfinite(tax.values).all(tuple(range(1, tax.ndim))).sum()) if tax.dims[0] == "seed" else 1
-        rows.append((name, memory, str(seeds), *map(str, taxes), str(change)))
-    heading = ("trained on", "memory", "seeds", "tax(2)", "tax(3)", "tax(4)", "tax(4) - tax(2)")
-    said = (
-        f"Of {len(signs)} taxes, {signs.count(1)} are above 0, {signs.count(-1)} below, and {signs.count(0)} cannot be "
-        f"told from it. From two loops to four the tax rises in {moved.count(1)} of {len(moved)} rows, falls in "
-        f"{moved.count(-1)}, and cannot be told to change in {moved.count(0)}: "
-        + ("it is not a constant of the loop." if moved.count(0) < len(moved) else "a constant is not ruled out.")
+        tax, tokens = tax_of(data, "nll_look"), data["look"].values
+        looks = sorted({int(abs(tokens - share * tokens[-1]).argmin()) for share in SHARES})
+        for look in looks:
+            taxes = [str(spread(tax.isel(look=look).sel(loops=count))) for count in LOOPS[1:]]
+            seen = f"{tokens[look] / 1e6:.3g}M ({tokens[look] / tokens[-1]:.0%})"
+            rows.append((name, memory, seen, *taxes))
+        changes = [spread((tax.isel(look=-1) - tax.isel(look=looks[0])).sel(loops=count)) for count in LOOPS[1:]]
+        moved += [each.sign for each in changes]
+        rows.append((name, memory, "change, first to last", *map(str, changes)))
+    if not rows:
+        return f"No sweep has {CLAIM} trainings of each model yet."
+    heading = ("trained on", "memory", "tokens seen", *(f"tax({count})" for count in LOOPS[1:]))
+    return (
+        f"Of {len(moved)} taxes, from the first of these looks to the last {moved.count(1)} rise, {moved.count(-1)} "
+        f"fall, and {moved.count(0)} cannot be told to move (intervals over trainings). Each model was trained once, "
+        "with a learning rate that falls to its end at the full budget: an earlier look is not what a shorter training "
+        f"would have given.\n\n{table(heading, rows)}"
     )
-    return f"{said}\n\n{table(heading, rows)}"
 
 
 def of_the_best(sweeps: dict[str, SweepLosses]) -> str:
     """Question 2."""
-    rows, moves = [], []
+    rows, moves, few, open_ = [], [], 0, 0
+    for name, memory, data in by_memory(sweeps):
+        losses = SweepLosses(data.expand_dims("memory"))
+        on, off = (recommend_training(losses, PRICE, offset=each, memory=memory) for each in (1, 0))
+        if on.seeds < CLAIM:
+            few += 1
+        elif on.recommended_loops is None or off.recommended_loops is None:
+            open_ += 1
+        else:
+            moves.append((on.recommended_loops, off.recommended_loops))
+        cells = []
+        for answer in (on, off):
+            cells.append(" / ".join(f"{value:.3f}" for value in answer.nll.mean))
+            doubt = "" if answer.recommended_loops else ", undetermined"
+            cells.append(f"{answer.pick} ({answer.support[answer.pick]:.0%}{doubt})")
+        rows.append((name, memory, trainings(on.seeds), *cells))
+    if not rows:
+        return "No sweep has all models of a seed yet."
+    said = [
+        f"The best loop count by held-out loss, at a price of {PRICE:g} nats per token for each loop beyond the first. "
+        "In brackets the share of redrawn documents and trainings that give the same answer, and whether the data "
+        "leave it undetermined."
+    ]
+    if moves:
+        more, fewer = sum(off > on for on, off in moves), sum(off < on for on, off in moves)
+        said.append(
+            f"Of {rows_of(len(moves))} with {CLAIM} trainings and both answers determined, taking the offset away "
+            f"makes the best loop count higher in {more}, lower in {fewer}, and leaves it in "
+            f"{len(moves) - more - fewer}."
+        )
+    else:
+        said.append(f"Nothing is claimed yet: no row has {CLAIM} trainings and both answers determined.")
+    if few or open_:
+        said.append(
+            f"Not counted: {rows_of(few)} of fewer trainings, and {rows_of(open_)} with an answer that is undetermined."
+        )
+    with_, without = f"loss with offset ({COUNTS} loops)", f"loss without ({COUNTS} loops)"
+    heading = ("trained on", "memory", "from", with_, "best with", without, "best without")
+    return f"{' '.join(said)}\n\n{table(heading, rows)}"
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Models with the offset, whose measured tax a number of each might track.
+
+    Attributes:
+        sweep, data, loops: Of each model: sweep, what it was trained on, loop count.
+        tax: Measured.
+        numbers: By tracker, NaN where it was not measured.
+    """
+
+    sweep: list[str]
+    data: list[str]
+    loops: list[int]
+    tax: list[float]
+    numbers: dict[str, list[float]]
+
+
+def tracked(sweeps: dict[str, SweepLosses]) -> Tracked:
+    """Every model with the offset that has a diagnosis, and a twin without."""
+    found = Tracked([], [], [], [], {name: [] for name in TRACKERS})
+    on_what = {family.name: family.data for family in FAMILIES}
     for name, losses in sweeps.items():
-        for memory in losses.data["memory"].values:
-            try:
-                on, off = (recommend_training(losses, PRICE, offset=each, memory=str(memory)) for each in (1, 0))
-            except SweepError:
-                continue
-            moves.append((on.pick, off.pick))
-            rows.append(
-                (
-                    *(name, str(memory), str(on.seeds)),
-                    *(
-                        text
-                        for answer in (on, off)
-                        for text in (
-                            " / ".join(f"{value:.3f}" for value in answer.nll.mean),
-                            f"{answer.pick} ({answer.support[answer.pick]:.0%})"
-                            + ("" if answer.recommended_loops else ", undetermined"),
-                        )
-                    ),
-                )
-            )
-    heading = ("trained on", "memory", "seeds", "loss with offset", "best (support)", "loss without", "best (support)")
-    more, fewer = sum(off > on for on, off in moves), sum(off < on for on, off in moves)
-    said = (
-        f"Without the offset the best loop count is higher in {more} of {len(moves)} rows, lower in {fewer}, and the "
-        f"same in {len(moves) - more - fewer} (price {PRICE:g} nats per token and loop; losses for 1, 2, 3, 4 loops)."
-    )
-    return f"{said}\n\n{table(heading, rows)}"
+        data = losses.data
+        if not {0, 1} <= set(data["offset"].values.tolist()):
+            continue
+        tax = tax_of(data).mean("document", skipna=False)
+        for memory in map(str, data["memory"].values):
+            for seed in data["seed"].values:
+                for loops in data["loops"].values[1:]:
+                    file = SWEEPS / name / "diagnoses" / f"loops{loops}-offset1-{memory}-seed{seed}.nc"
+                    value = float(tax.sel(memory=memory, seed=seed, loops=loops))
+                    if not file.is_file() or not np.isfinite(value):
+                        continue
+                    measured = Diagnosis.load(file).data
+                    found.sweep.append(name)
+                    found.data.append(on_what[name])
+                    found.loops.append(int(loops))
+                    found.tax.append(value)
+                    for tracker, (measure, which) in TRACKERS.items():
+                        found.numbers[tracker].append(_number(measured, measure, which))
+    return found
+
+
+def _number(measured: xr.Dataset, measure: str, which: str) -> float:
+    names = measure.split("/")
+    if not set(names) <= set(measured):
+        return np.nan
+    curves = [measured[name].mean([dim for dim in measured[name].dims if dim != "loop"]).values[2:] for name in names]
+    curve = curves[0] / curves[1] if len(curves) > 1 else curves[0]
+    return float(curve[-1] if which == "last" else curve.sum())
+
+
+@dataclass(frozen=True)
+class Within:
+    """A rank correlation within sweeps, and where there are enough models, within their loop counts.
+
+    Attributes:
+        mean: Over data sets, of the means of their sweeps.
+        low, high: 95 %, over data sets and the models in them.
+        sweeps: Of each sweep, with how many models.
+        data_sets: How many.
+    """
+
+    mean: float
+    low: float
+    high: float
+    sweeps: dict[str, tuple[float, int]]
+    data_sets: int
+
+    @property
+    def clear(self) -> bool:
+        """Told from 0, over enough data sets to say so."""
+        return self.data_sets >= FEWEST_SOURCES and (self.low > 0 or self.high < 0)
+
+
+def within(found: Tracked, tracker: str) -> Within | None:
+    """The rank correlation of a number of one checkpoint with its measured tax; None where too few models have both."""
+    x, y = np.array(found.numbers[tracker]), np.array(found.tax)
+    sweeps, loops, random = np.array(found.sweep), np.array(found.loops), np.random.default_rng(0)
+    of_sweep: dict[str, tuple[float, int]] = {}
+    of_data: dict[str, list[np.ndarray]] = {}  # of the models themselves first, then of resamples of them
+    for name, data in dict(zip(found.sweep, found.data, strict=True)).items():
+        there = (sweeps == name) & np.isfinite(x)
+        groups = [np.flatnonzero(there & (loops == count)) for count in sorted(set(found.loops))]
+        groups = [group for group in groups if len(group) >= FEWEST_RANKED] or [np.flatnonzero(there)]
+        if len(groups[0]) < FEWEST_RANKED:
+            continue
+        of_groups = []
+        for group in groups:
+            places = np.vstack((group, random.choice(group, (DRAWS, len(group)))))
+            of_groups.append(_rank_correlations(x[places], y[places]))
+        values = _nanmean(np.array(of_groups))
+        if np.isfinite(values[0]):
+            of_sweep[name] = (float(values[0]), sum(map(len, groups)))
+            of_data.setdefault(data, []).append(values)
+    if not of_sweep:
+        return None
+    means = np.array([_nanmean(np.array(values)) for values in of_data.values()])  # [data set, draw]
+    picks = random.multinomial(len(means), np.full(len(means), 1 / len(means)), DRAWS).T
+    there = np.isfinite(means[:, 1:])
+    weights = (picks * there).sum(0)
+    draws = (picks * np.where(there, means[:, 1:], 0)).sum(0)[weights > 0] / weights[weights > 0]
+    low, high = interval(draws) if len(draws) else (np.nan, np.nan)
+    return Within(float(means[:, 0].mean()), float(low), float(high), of_sweep, len(of_data))
+
+
+def _rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's, of each row; NaN where one of both is constant."""
+    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (rankdata(x, axis=1), rankdata(y, axis=1)))
+    norm = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    return np.where(norm > 0, (x * y).sum(1) / np.where(norm > 0, norm, 1), np.nan)
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Over rows; NaN where all are."""
+    there = np.isfinite(values)
+    count = there.sum(0)
+    return np.where(count > 0, np.where(there, values, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def of_the_trackers(sweeps: dict[str, SweepLosses]) -> str:
     """Question 3."""
-    taxes: list[float] = []
-    found: dict[str, list[float]] = {name: [] for name in TRACKERS}
-    sources: list[str] = []
-    for name, memory, data in by_memory(sweeps):
-        for seed in data["seed"].values:
-            for loops in data["loops"].values[1:]:
-                file = SWEEPS / name / "diagnoses" / f"loops{loops}-offset1-{memory}-seed{seed}.nc"
-                nll = data["nll"].sel(seed=seed, loops=loops)
-                tax = float((nll.sel(offset=1) - nll.sel(offset=0)).mean())
-                if not file.is_file() or np.isnan(tax):
-                    continue
-                measured = Diagnosis.load(file).data
-                taxes.append(tax)
-                sources.append(name)
-                for tracker, (measure, which) in TRACKERS.items():
-                    if measure == "cost/gain":
-                        curve = measured["cost"].mean("document") / measured["gain"].mean("document")
-                    else:
-                        curve = measured[measure].mean("document")
-                    values = curve.values[2:]
-                    found[tracker].append(float(values[-1] if which == "last" else values.sum()))
-    if len(taxes) < 5:
-        return "Not enough models yet."
-    y, names = np.array(taxes), np.array(sources)
-    rows, clear = [], []
-    for tracker, values in found.items():
-        x = np.array(values)
-        rho, (low, high) = float(spearmanr(x, y)[0]), _rank_interval(x, y, names)
-        inside = [float(spearmanr(x[names == name], y[names == name])[0]) for name in sorted(set(sources))]
-        rows.append((tracker, f"{rho:+.2f} ({low:+.2f} to {high:+.2f})", " / ".join(f"{each:+.2f}" for each in inside)))
-        clear += [tracker] if low > 0 or high < 0 else []
+    models = tracked(sweeps)
+    found = {tracker: correlated for tracker in TRACKERS if (correlated := within(models, tracker))}
+    if not found:
+        return f"No sweep has {FEWEST_RANKED} models with the offset, their diagnoses and their twins without it yet."
+    names = list(dict.fromkeys(name for each in found.values() for name in each.sweeps))
+    data_sets = max(each.data_sets for each in found.values())
+    clear = [tracker for tracker, each in found.items() if each.clear]
     said = (
-        f"Over {len(y)} models trained with the offset ({', '.join(sorted(set(sources)))}), the rank correlation with "
-        f"the measured tax is told from 0 for: {', '.join(clear) or 'none of them'}. Intervals draw whole data sets "
-        "and, in them, models; with few data sets they are rough."
+        "Rank correlation of a number of one checkpoint, trained with the offset, with its measured tax: within each "
+        f"sweep, among models of the same loop count where {FEWEST_RANKED} or more have one, else among all its "
+        "models; then the mean over data sets. Intervals redraw data sets, and the models in them. "
     )
-    each = "within " + " / ".join(sorted(set(sources)))
-    return f"{said}\n\n{table(('number of one checkpoint', 'rank correlation with its tax', each), rows)}"
-
-
-def _rank_interval(x: np.ndarray, y: np.ndarray, sources: np.ndarray) -> tuple[float, float]:
-    random, groups = np.random.default_rng(0), [np.flatnonzero(sources == name) for name in sorted(set(sources))]
-    draws = []
-    for _ in range(DRAWS):
-        drawn = [groups[index] for index in random.integers(len(groups), size=len(groups))]
-        places = np.concatenate([random.choice(group, len(group)) for group in drawn])
-        if len(set(x[places])) > 1 and len(set(y[places])) > 1:
-            draws.append(spearmanr(x[places], y[places])[0])
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return float(low), float(high)
+    if data_sets < FEWEST_SOURCES:
+        said += f"Nothing is claimed: data sets are {data_sets}, fewer than {FEWEST_SOURCES}, and the intervals rough."
+    else:
+        said += f"Told from 0, over {data_sets} data sets: {', '.join(clear) or 'none of them'}."
+    rows = [
+        (
+            tracker,
+            f"{each.mean:+.2f} ({each.low:+.2f} to {each.high:+.2f})",
+            str(sum(count for _, count in each.sweeps.values())),
+            *(
+                f"{each.sweeps[name][0]:+.2f} ({each.sweeps[name][1]})" if name in each.sweeps else "-"
+                for name in names
+            ),
+        )
+        for tracker, each in found.items()
+    ]
+    heading = ("number of one checkpoint", "mean (95 %)", "models", *(f"{name} (models)" for name in names))
+    return f"{said}\n\n{table(heading, rows)}"
 
 
 def of_the_limits(sweeps: dict[str, SweepLosses]) -> str:
     """Question 4."""
-    rows = []
-    for name, losses in sweeps.items():
-        data = losses.data
-        if data.sizes["memory"] < 2:
-            continue
-        later = data["nll"].sel(loops=data["loops"].values[1]) - data["nll"].sel(loops=data["loops"].values[-1])
-        cells = [later.sel(memory=memory, offset=offset) for memory in ("first", "own") for offset in (1, 0)]
-        effects = [
-            later.sel(memory="first", offset=0) - later.sel(memory="first", offset=1),
-            later.sel(memory="own", offset=1) - later.sel(memory="first", offset=1),
-        ]
-        if all(np.isfinite(spread(each).mean) for each in (*cells, *effects)):
-            rows.append((name, *(str(spread(each)) for each in (*cells, *effects))))
-    heading = (
-        *("trained on", "shared, offset", "shared, no offset", "own, offset", "own, no offset"),
-        *("taking the offset away", "own memory"),
-    )
+    rows, signs, left_out = [], [], 0
+    for name, _, data in by_memory(sweeps, ("first", "own")):
+        later = data["nll"].sel(loops=LOOPS[1]) - data["nll"].sel(loops=LOOPS[-1])
+        cells = {
+            (memory, offset): later.sel(memory=memory, offset=offset)
+            for memory in ("first", "own")
+            for offset in (1, 0)
+        }
+        without_offset = cells["first", 0] - cells["first", 1]
+        own_memory = cells["own", 1] - cells["first", 1]
+        effects = [spread(each) for each in (without_offset, own_memory, without_offset - own_memory)]
+        if data.sizes["seed"] >= CLAIM:
+            signs.append([each.sign for each in effects])
+        else:
+            left_out += 1
+        cells_told = (str(spread(each)) for each in cells.values())
+        rows.append((name, trainings(data.sizes["seed"]), *cells_told, *map(str, effects)))
     if not rows:
-        return "No sweep with both memories is trained yet."
-    return (
-        "What loops 3 and 4 bring beyond loop 2, L(2) - L(4), for each wiring, and how much more they bring when one "
-        f"of the two is taken away.\n\n{table(heading, rows)}"
+        return "No sweep with both memories has all models of a seed yet."
+    said = [
+        f"What loops {LOOPS[2]} to {LOOPS[-1]} bring beyond loop {LOOPS[1]}, L({LOOPS[1]}) - L({LOOPS[-1]}), for each "
+        "wiring, and how much more they bring when the offset is taken away, or when each loop has keys and values of "
+        "its own instead of the first loop's.",
+        claimed(len(signs), left_out),
+    ]
+    if signs:
+        offset, memory, difference = (np.array(signs)[:, place] for place in range(3))
+        said.append(
+            f"Of these, later loops bring more without the offset in {sum(offset > 0)} (less in {sum(offset < 0)}), "
+            f"and more with a memory of their own in {sum(memory > 0)} (less in {sum(memory < 0)}); the offset limits "
+            f"them more than the shared memory in {sum(difference > 0)}, less in {sum(difference < 0)}, and which one "
+            f"does cannot be told in {sum(difference == 0)}."
+        )
+    heading = (
+        *("trained on", "from", "shared, offset", "shared, no offset", "own, offset", "own, no offset"),
+        *("taking the offset away", "own memory", "difference of both"),
     )
+    return f"{' '.join(said)}\n\n{table(heading, rows)}"
 
 
-def of_the_rules() -> str:
+def of_the_rules(*, unseen: bool) -> str:
     """Question 5."""
     try:
-        told = backtest(PRICE)
-    except SystemExit:
-        return "No family is trained yet."
-    parts = []
+        told = backtest(PRICE, unseen=unseen)
+    except Refused as refused:
+        return str(refused).replace(f"{ROOT}/", "")
+    chosen, mark = told["chosen"], "chosen" if told["final"] else "least regret so far"
+    parts = [
+        "A rule sees one checkpoint of a family, the one with most loops, and predicts how many loops to train with. "
+        f"Regret is what its prediction loses against the best measured count, at a price of {PRICE:g} nats per token "
+        "and loop; it hits when it is within one standard error of the best."
+    ]
+    scored = {row["rule"]: row for row in told["scores"].get("unseen", [])}
+    if scored:
+        best = min(scored.values(), key=lambda row: row["regret"])
+        parts.append(
+            f"The rule chosen on the half `choose` is **{chosen}**. On the unseen half its regret is "
+            f"{text(scored[chosen], 'regret', '.4f')} (aim: below {AIM_REGRET:g}), its hits "
+            f"{text(scored[chosen], 'hits', '.0%')} (aim: {AIM_HITS:.0%}); the least regret there has {best['rule']}, "
+            f"with {best['regret']:.4f}."
+        )
+    elif not told["final"]:
+        parts.append(
+            f"No rule is chosen yet; **{chosen}** has the least regret so far on the half to choose on, which says "
+            "nothing of how it does on others."
+        )
+    if told["incomplete"]:
+        parts.append(f"Scored in part, since not completely trained: {', '.join(told['incomplete'])}.")
     for half, scores in told["scores"].items():
         rows = [
             (
-                row["rule"] + (" (chosen)" if row["rule"] == told["chosen"] else ""),
-                f"{row['regret']:.4f} ({row['regret_low']:.4f} to {row['regret_high']:.4f})",
-                f"{row['hits']:.0%} ({row['hits_low']:.0%} to {row['hits_high']:.0%})",
+                row["rule"] + (f" ({mark})" if row["rule"] == chosen else ""),
+                text(row, "regret", ".4f"),
+                text(row, "hits", ".0%"),
             )
             for row in sorted(scores, key=lambda row: row["regret"])
         ]
+        intervals = why_no_interval(scores) or "Intervals are over data sets."
         heading = ("rule", "mean regret, nats per token", "within one standard error of the best")
-        parts.append(f"Half `{half}`, {scores[0]['families']} families:\n\n{table(heading, rows)}")
-    chosen = {row["rule"]: row for row in told["scores"].get("unseen", [])}.get(told["chosen"])
-    if chosen:
-        best = min(told["scores"]["unseen"], key=lambda row: row["regret"])
-        parts.insert(
-            0,
-            f"The rule chosen on one half is **{told['chosen']}**. On the unseen half its regret is "
-            f"{chosen['regret']:.4f} (aim: below {AIM_REGRET:g}), its hits {chosen['hits']:.0%} (aim: {AIM_HITS:.0%}); "
-            f"the best there is {best['rule']} with {best['regret']:.4f}.",
-        )
+        calibrated = told["calibration"][half]
+        parts += [
+            f"### Half `{half}`: {scores[0]['families']} families, data sets: {scores[0]['data_sets']}",
+            intervals,
+            table(heading, rows),
+            f"Is **{chosen}** as sure as it is right? Its support is the share of resamples of a checkpoint's "
+            "documents that give the same prediction. Support less hits, mean over families: "
+            f"{text(calibrated, 'support_less_hits', '+.0%')} (above 0: too sure).",
+            table(("support", "checkpoints", "mean support", "hits"), calibration_rows(calibrated)),
+        ]
+    return "\n\n".join(parts)
+
+
+def of_the_exponent(sweeps: dict[str, SweepLosses]) -> str:
+    """What a loop is worth in parameters."""
+    about = "phi of L = E + A (N_once + r^phi N_rec)^-a (arXiv 2604.21106), from models of two sizes on the same text:"
+    missing = [name for name in SIZES if name not in sweeps]
+    if missing:
+        return f"{about} not told yet, {' and '.join(missing)} not being trained."
+    lines = []
+    for offset, name in ((1, "with the offset"), (0, "without")):
+        try:
+            said = exponent_of([sweeps[size] for size in SIZES], offset=offset, memory="first").verdict
+        except InputError as error:
+            said = str(error)
+        lines.append(f"- {name}: {said}")
+    return about + "\n\n" + "\n".join(lines)
+
+
+def of_the_training(sweeps: dict[str, SweepLosses]) -> str:
+    """Which learning rates were used, and why."""
+    used, searched = [], []
+    for name, losses in sweeps.items():
+        data = losses.data
+        rates = " / ".join("-" if np.isnan(rate) else f"{rate:g}" for rate in data["learning_rate"].values)
+        used.append((name, f"{losses.provenance['recipe']['tokens']:,}", rates))
+        if "search_nll" in data:
+            nll = data["search_nll"].transpose("rate", "loops", ...).values
+            for rate, row in zip(data["rate"].values, nll.reshape(*nll.shape[:2], -1), strict=True):
+                # The mean over wirings, of which those that diverged make it infinite.
+                means = [each[~np.isnan(each)].mean() if not np.isnan(each).all() else np.nan for each in row]
+                told = ["-" if np.isnan(mean) else f"{mean:.3f}" if np.isfinite(mean) else "diverged" for mean in means]
+                searched.append((name, f"{rate:g}", " / ".join(told)))
+    if not used:
+        return "No sweep is trained yet."
+    parts = [
+        "One peak learning rate serves all offsets and memories of a loop count, so that no difference between them is "
+        "one of rates.",
+        table(("trained on", "tokens of each model", f"rate ({COUNTS} loops)"), used),
+    ]
+    if searched:
+        heading = ("trained on", "rate", f"loss ({COUNTS} loops)")
+        parts += [
+            "Rates were chosen by short trainings at each, on documents other than those that the losses above are of. "
+            "What they lost, as means over offsets and memories:",
+            table(heading, searched),
+        ]
     return "\n\n".join(parts)
 
 
 def page() -> str:
     """docs/findings.md."""
-    sweeps = trained()
-    missing = []
-    for family in FAMILIES:
-        places = family.seeds * len(family.memories) * 2 * 4
-        nll = sweeps[family.name].data["nll"] if family.name in sweeps else None
-        there = 0 if nll is None else int(nll.notnull().all("document").sum())
-        if there < places:
-            missing.append(f"{family.name} ({there} of {places} places)")
+    held_back = why_held_back()
+    unseen = not held_back
+    sweeps = trained(unseen=unseen)
+    missing = [said for half in (HALVES if unseen else HALVES[:1]) for said in incomplete(half)]
     parts = [
         "# What matched sweeps found",
-        "`python benchmarks/families.py` trains the sweeps, `make findings` writes this page from what they measured; "
-        "no number or verdict is typed in. Losses are held-out, in nats per token, intervals are 95 %: t intervals over "
-        "seeds where there are three, else a bootstrap over documents, which leaves out what another training would "
-        "give.",
-        "**Not trained yet**: " + ", ".join(missing) + "." if missing else "All sweeps are complete.",
-        "## 1. Is there an offset tax, how large, and is it constant?\n\n" + of_the_tax(sweeps),
-        "![Losses and taxes over training](../figures/sweeps/code/losses_over_training.png)",
+        "Small looped models were trained that differ in nothing but the number of loops, the offset (a loop reads "
+        "what the loop before left one position earlier) and the memory (whose keys and values later loops read: those "
+        "of the `first` loop, shared, or their `own`). `python benchmarks/families.py` trains them, `make findings` "
+        "writes this page from what they measured; no number or verdict is typed in.",
+        "L is held-out loss, in nats per token; L(2) is that of models trained with two loops. Brackets hold 95 % "
+        f"intervals: over trainings (t) in rows of {CLAIM} trainings or more, else over documents (bootstrap), which "
+        f"leaves out what another training would give. Verdicts count rows of {CLAIM} trainings or more.",
+        f"**Not trained yet**: {', '.join(missing)}." if missing else "All sweeps that are shown are complete.",
+    ]
+    if held_back:
+        names = ", ".join(family.name for family in FAMILIES if family.half == "unseen")
+        parts.append(f"**Held back** for the score of question 5, trained or not: {names or 'none'}. {held_back}")
+    parts.append("## 1. Is there an offset tax, how large, and is it constant?\n\n" + of_the_tax(sweeps))
+    if "code" in sweeps:
+        parts.append("![Losses and taxes over training](../figures/sweeps/code/losses_over_training.png)")
+    parts += [
         "## 2. Does taking the offset away move the best loop count?\n\n" + of_the_best(sweeps),
         "## 3. Which number of one checkpoint tracks the tax?\n\n" + of_the_trackers(sweeps),
         "## 4. Shared memory or offset: which one limits later loops?\n\n" + of_the_limits(sweeps),
-        "## 5. Which lens predicts the best loop count to train with?\n\n" + of_the_rules(),
+        "## 5. Which rule predicts the best loop count to train with?\n\n" + of_the_rules(unseen=unseen),
+        "## What is a loop worth in parameters?\n\n" + of_the_exponent(sweeps),
+        "## How they were trained\n\n" + of_the_training(sweeps),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     """Write the page and draw the figures."""
-    for name, losses in trained().items():
+    for name, losses in trained(unseen=not why_held_back()).items():
         decompose(losses)  # a sweep that cannot be read fails here, before anything is written
         plots.draw_sweep(losses, FIGURES / name)
     with whole(PAGE) as partial:

@@ -1,7 +1,9 @@
 """The backtest: what a rule loses, when it hits, and that the unseen half has no say in what is chosen."""
 
 import json
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import backtest
 import numpy as np
@@ -10,6 +12,9 @@ from families import FAMILIES, Family, docstrings
 from planted import diagnosis_of
 from test_measured import made_up
 
+from loopdiag.diagnosis import Diagnosis
+from loopdiag.gaincost.lenses import INPUTS
+from loopdiag.losses import SweepLosses
 from loopdiag.sweep import sources
 
 # Losses of one to four loops with the offset and without: at a price of 0.01 two loops are best with it, three without.
@@ -17,31 +22,64 @@ TRUTH = [[3.20, 3.10, 3.15, 3.14], [3.20, 3.18, 3.12, 3.13]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def folder(tmp_path_factory):
     """Two families, one of each half, whose four-loop models have lenses that were planted."""
     folder = tmp_path_factory.mktemp("sweeps")
-    families = [Family(name, half, "text", "tiny", 1000) for name, half in (("a", "choose"), ("b", "unseen"))]
     # The rank peaks at 2 in family a, whatever the offset, and at 1 in family b; the output shift's knee is at 3.
-    for family, peak in zip(families, (2, 1), strict=True):
-        (folder / family.name / "diagnoses").mkdir(parents=True)
-        made_up(TRUTH, noise=0.001, seeds=2).save(folder / family.name / "sweep.nc")
+    for name, peak in (("a", 2), ("b", 1)):
+        (folder / name / "diagnoses").mkdir(parents=True)
+        made_up(TRUTH, noise=0.001, seeds=2).save(folder / name / "sweep.nc")
         rank = [9.0, 50.0, 50.0, 40.0, 30.0]
         rank[peak] = 60.0
         curves = {"effective_rank": rank, "output_shift": [np.nan, 9, 2, 1.9, 0.1]}
         planted = diagnosis_of([[4.0, 3.5, 3.2, 3.1]] * 40, curves=curves)
+        planted = Diagnosis(planted.data[["nll_exit", *INPUTS]])  # the others take their time to write and read
         for offset in (1, 0):
             for seed in (0, 1):
-                planted.save(folder / family.name / "diagnoses" / f"loops4-offset{offset}-first-seed{seed}.nc")
+                planted.save(folder / name / "diagnoses" / f"loops4-offset{offset}-first-seed{seed}.nc")
+    return folder
+
+
+@pytest.fixture
+def sweeps(folder, found, tmp_path, monkeypatch):
+    """Where they are, in a repository of their own, with no rule chosen; cases are not made again."""
+    monkeypatch.setattr(backtest, "cases", lambda price, half: [case for case in found if case.half == half])
+    monkeypatch.setattr(backtest, "SWEEPS", folder)
+    monkeypatch.setattr(backtest, "CHOSEN", tmp_path / "chosen.json")
+    families = [Family(name, half, name, "tiny", 1000, seeds=2) for name, half in (("a", "choose"), ("b", "unseen"))]
+    monkeypatch.setattr(backtest, "FAMILIES", families)
+    git(tmp_path, "init", "-q")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """Every case of both halves."""
+    families = [Family(name, half, name, "tiny", 1000, seeds=2) for name, half in (("a", "choose"), ("b", "unseen"))]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(backtest, "SWEEPS", folder)
         patched.setattr(backtest, "FAMILIES", families)
-        return backtest.cases(0.01)
+        return [case for half in backtest.HALVES for case in backtest.cases(0.01, half)]
+
+
+def git(folder, *arguments):
+    about = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", *about, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def commit():
+    """The choice."""
+    git(backtest.CHOSEN.parent, "add", "chosen.json")
+    git(backtest.CHOSEN.parent, "commit", "-qm", "the rule")
 
 
 def test_every_checkpoint_is_a_case(found):
     """Two families, two offsets, two seeds; each with the truth of its own offset."""
-    assert [(case.data, case.offset, case.seed) for case in found] == [
-        (data, offset, seed) for data in ("a", "b") for offset in (1, 0) for seed in (0, 1)
+    assert [(case.family, case.half, case.offset, case.seed) for case in found] == [
+        (data, half, offset, seed)
+        for data, half in (("a", "choose"), ("b", "unseen"))
+        for offset in (1, 0)
+        for seed in (0, 1)
     ]
     assert [case.best for case in found] == [2, 2, 3, 3] * 2
 
@@ -62,35 +100,155 @@ def test_regret_and_hits_by_hand(found):
 
 
 def test_scores_weigh_families_alike(found):
-    """Each is a mean over families of means over their checkpoints; intervals hold it."""
+    """Each is a mean over families of means over their checkpoints."""
     scored = backtest.score(found, "always 2")
-    assert scored["families"] == 4
+    assert (scored["families"], scored["data_sets"]) == (4, 2)
     assert scored["hits"] == 0.5
     assert scored["regret"] == pytest.approx(0.05 / 2, abs=0.002)  # without the offset three are best: -3.14, not -3.19
-    assert scored["regret_low"] <= scored["regret"] <= scored["regret_high"]
-    more = [*found, *(case for case in found if case.offset == 1 and case.data == "a")]
+    more = [*found, *(case for case in found if case.offset == 1 and case.family == "a")]
     assert backtest.score(more, "always 2")["regret"] == pytest.approx(scored["regret"])
 
 
-def test_the_rule_is_chosen_on_one_half(found, monkeypatch):
-    """Of least regret there; the other half has no say."""
-    monkeypatch.setattr(backtest, "cases", lambda price: found)
+def test_few_data_sets_have_no_interval(found):
+    """Five have: clusters are data sets, whatever the families of each."""
+    several = [replace(case, data=f"{n}", family=f"{n}") for n in range(5) for case in found]
+    scored = backtest.score(several, "always 2")
+    assert scored["regret_low"] <= scored["regret"] <= scored["regret_high"]
+    assert backtest.why_no_interval([scored]) == ""
+    for few in (several[: 4 * len(found)], [replace(case, data="one text") for case in several]):
+        scored = backtest.score(few, "always 2")
+        assert scored["regret_low"] is scored["regret_high"] is scored["hits_low"] is None
+        assert f"of which there are {scored['data_sets']}: fewer than 5" in backtest.why_no_interval([scored])
+        assert backtest.text(scored, "hits", ".0%") == "50%"
+
+
+def test_support_is_the_share_of_resamples_that_agree():
+    """Documents of which 24 have their rank's peak at 2 and 16 slightly lower at 3: the mean's peak is near a draw."""
+    rank = np.tile([9.0, 50.0, 60.0, 50.0, 30.0], (40, 1))
+    rank[24:] = [9.0, 50.0, 50.0, 64.0, 30.0]
+    planted = diagnosis_of([[4.0, 3.5, 3.2, 3.1]] * 40)
+    planted.data["effective_rank"][:] = rank
+    picks, support = backtest.rules(planted, 0.01)
+    assert set(picks) == set(support)
+    assert picks["rank_peak"] == 2
+    share = np.random.default_rng(1).binomial(40, 0.6, 100_000) / 40  # of documents with the first of both
+    assert support["rank_peak"] == pytest.approx((50 + 10 * share > 64 - 14 * share).mean(), abs=0.1)
+    assert 0.5 < support["rank_peak"] < 0.8
+    assert support["shift_knee"] == 1  # documents are alike in it
+    assert {rule: share for rule, share in support.items() if rule.startswith("always")} == dict.fromkeys(
+        ("always 1", "always 2", "always max"), 1.0
+    )
+    assert support["exit NLL"] == 1
+
+
+def test_calibration_by_hand(found):
+    """Of the first family's four cases with `always 2`, the two with the offset hit."""
+    four = [
+        replace(case, support={"always 2": support})
+        for case, support in zip(found[:4], (0.99, 0.95, 0.6, 0.4), strict=True)
+    ]
+    told = backtest.calibration(four, "always 2")
+    assert [(row["support"], row["cases"], row["mean_support"], row["hits"]) for row in told["bins"]] == [
+        ("below 50 %", 1, 0.4, 0.0),
+        ("50 to 80 %", 1, 0.6, 0.0),
+        ("80 to 95 %", 1, 0.95, 1.0),
+        ("above 95 %", 1, 0.99, 1.0),
+    ]
+    assert told["support_less_hits"] == pytest.approx(((0.99 - 1 + 0.95 - 1) / 2 + (0.6 + 0.4) / 2) / 2)
+    assert told["support_less_hits_low"] is None
+    empty = backtest.calibration(four[:1], "always 2")["bins"][0]
+    assert (empty["cases"], empty["mean_support"], empty["hits"]) == (0, None, None)
+    assert backtest.calibration_rows(told)[2] == ("80 to 95 %", "1", "95%", "100%")
+    assert backtest.calibration_rows(backtest.calibration(four[:1], "always 2"))[0] == ("below 50 %", "0", "-", "-")
+
+
+def test_nothing_of_the_unseen_half_is_read_before_the_choice(sweeps, monkeypatch, tmp_path, capsys):
+    """Not by scoring, and not by choosing."""
+    read, cases, load = [], backtest.cases, SweepLosses.load
+    monkeypatch.setattr(SweepLosses, "load", lambda path: read.append(path) or load(path))
+    monkeypatch.setattr(backtest, "cases", lambda price, half: read.append(Path(half)) or cases(price, half))
     told = backtest.backtest(0.01)
-    json.dumps(told, allow_nan=False)
+    assert (set(told["scores"]), told["final"]) == ({"choose"}, False)
     regrets = {row["rule"]: row["regret"] for row in told["scores"]["choose"]}
     assert regrets[told["chosen"]] == min(regrets.values())
-    assert {row["families"] for scores in told["scores"].values() for row in scores} == {2}
-    worse = [replace(case, picks=dict.fromkeys(case.picks, 1)) if case.half == "unseen" else case for case in found]
-    monkeypatch.setattr(backtest, "cases", lambda price: worse)
-    again = backtest.backtest(0.01)
-    assert (again["chosen"], again["scores"]["choose"]) == (told["chosen"], told["scores"]["choose"])
-    assert again["scores"]["unseen"] != told["scores"]["unseen"]
+    assert {case["half"] for case in told["cases"]} == {"choose"}
+    with pytest.raises(backtest.Refused, match="No rule is chosen yet"):
+        backtest.backtest(0.01, unseen=True)
+    assert backtest.choose(0.01) == told["chosen"]
+    with pytest.raises(backtest.Refused, match="not committed"):
+        backtest.backtest(0.01, unseen=True)
+    with pytest.raises(SystemExit, match="1"):
+        backtest.main(["--unseen"])
+    assert "not committed" in capsys.readouterr().err
+    backtest.main(["--json", str(tmp_path / "told.json")])
+    shown = capsys.readouterr().out
+    assert "least regret so far" in shown
+    assert "unseen" not in shown
+    assert "No intervals over data sets, of which there are 1: fewer than 5" in " ".join(shown.split())
+    json.loads((tmp_path / "told.json").read_text())
+    assert set(read) == {Path("choose"), sweeps / "a" / "sweep.nc"}
+
+
+def test_the_unseen_half_is_scored_by_the_rule_on_file(sweeps, capsys):
+    """Whatever would do best on either half; at the price that it was chosen at, and as it was committed."""
+    backtest.choose(0.01)
+    told = json.loads(backtest.CHOSEN.read_text())
+    backtest.CHOSEN.write_text(json.dumps(told | {"rule": "always 1"}))
+    commit()
+    told = backtest.backtest(0.01, unseen=True)
+    json.dumps(told, allow_nan=False)
+    assert (told["chosen"], told["final"], set(told["scores"])) == ("always 1", True, {"choose", "unseen"})
+    assert told["calibration"]["unseen"]["rule"] == "always 1"
+    backtest.main(["--unseen"])
+    assert "always 1 (chosen)" in capsys.readouterr().out
+    with pytest.raises(backtest.Refused, match=r"at a price of 0\.01, not 0\.02"):
+        backtest.backtest(0.02, unseen=True)
+    with pytest.raises(backtest.Refused, match="made once"):
+        backtest.choose(0.01)
+    backtest.CHOSEN.write_text(backtest.CHOSEN.read_text().replace("always 1", "always 2"))
+    with pytest.raises(backtest.Refused, match="not committed as it is"):
+        backtest.backtest(0.01, unseen=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"seeds": 3}, "a .16 of 24 places"), ({"memories": ("first", "own")}, "a .16 of 32 places")]
+)
+def test_an_incomplete_half_chooses_nothing(sweeps, monkeypatch, asked, said):
+    """Counted against what the family is to have, not against what its sweep holds."""
+    backtest.choose(0.01)
+    commit()
+    monkeypatch.setattr(backtest, "FAMILIES", [replace(backtest.FAMILIES[0], **asked), backtest.FAMILIES[1]])
+    with pytest.raises(backtest.Refused, match=said):
+        backtest.backtest(0.01, unseen=True)
+    backtest.CHOSEN.unlink()
+    with pytest.raises(backtest.Refused, match=said):
+        backtest.choose(0.01)
+    assert not backtest.CHOSEN.exists()
+    assert backtest.backtest(0.01)["incomplete"]
+
+
+def test_places_that_are_not_trained_are_not_counted(tmp_path, monkeypatch):
+    """One model of eight is missing; of a sweep that is not there, all."""
+    monkeypatch.setattr(backtest, "SWEEPS", tmp_path)
+    (tmp_path / "a").mkdir()
+    made_up(TRUTH, missing=[(0, 0, 1, 2)]).save(tmp_path / "a" / "sweep.nc")
+    assert [backtest.places(Family(name, "choose", name, "tiny", 1000)) for name in ("a", "b")] == [(7, 8), (0, 8)]
 
 
 def test_nothing_trained(tmp_path, monkeypatch):
     """Said, not scored."""
     monkeypatch.setattr(backtest, "SWEEPS", tmp_path)
-    with pytest.raises(SystemExit, match="No family is trained"):
+    with pytest.raises(backtest.Refused, match="No family is trained"):
+        backtest.backtest(0.01)
+
+
+def test_a_diagnosis_that_is_missing_is_named(tmp_path, monkeypatch):
+    """And not left out in silence."""
+    monkeypatch.setattr(backtest, "SWEEPS", tmp_path)
+    monkeypatch.setattr(backtest, "FAMILIES", [Family("a", "choose", "a", "tiny", 1000)])
+    (tmp_path / "a").mkdir()
+    made_up(TRUTH).save(tmp_path / "a" / "sweep.nc")
+    with pytest.raises(backtest.Refused, match=r"loops4-offset1-first-seed0\.nc is missing"):
         backtest.backtest(0.01)
 
 

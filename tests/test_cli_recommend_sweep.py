@@ -165,7 +165,7 @@ def test_no_answer_yet(tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        *(["--data", "README.md"], ["--loops", "2"], ["--at", "1,2"], ["--measures", "all"], ["--documents", "16"]),
+        *(["--data", "README.md"], ["--loops", "2"], ["--measures", "all"], ["--documents", "16"]),
         *(["--max-tokens", "64"], ["--batch-size", "4"], ["--dtype", "bfloat16"], ["--device", "cpu"]),
         *(["--revision", "main"], ["--offline"]),
     ],
@@ -226,3 +226,11 @@ def test_a_file_is_what_it_says_it_is(saved, tmp_path):
     assert (code, found) == (0, answer(diagnosis, recommend(diagnosis)))
     expect_refusal(run("intervene", saved / RESULT), "is a file: give a model")
     expect_refusal(run("figures", saved / RESULT, "--out", tmp_path / "figures"), "holds no diagnosis but sweep")
+
+
+def test_some_loop_counts_of_a_sweep(tmp_path):
+    """--at chooses among what was trained, also where the rest is missing; what was not is refused."""
+    folder = kept(made_up(SEVERAL, missing=[(0, 0, 0, 3)]), tmp_path / "sweep")
+    result = run("recommend", folder, "--at", "1,2", "--json", "-")
+    assert [each["recommended_loops"] for each in json.loads(result.stdout)["answers"]] == [2, 2]
+    expect_refusal(run("recommend", folder, "--at", "1,7"), "no models with loops [1, 7]")

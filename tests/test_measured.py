@@ -18,7 +18,7 @@ from loopdiag.bootstrap import interval, resampled_means, student_interval
 from loopdiag.errors import InputError
 from loopdiag.gaincost import decompose, recommend, recommend_training
 from loopdiag.gaincost.answer import dumps, sweep_answer
-from loopdiag.gaincost.measured import _student_noise, loss_curves, over_training
+from loopdiag.gaincost.measured import _student_noise, equal_work, loss_curves, over_training
 from loopdiag.gaincost.scaling import exponent_of
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.model.config import LoopedConfig
@@ -90,7 +90,7 @@ def sweep_of(losses, *, loops=None, offsets=(1, 0), sources=None):
         },
         {
             "provenance": json.dumps(
-                {"schema": 1, "data": "made-up text", "text_sha256": "0", "recipe": {"tokens": 1000}}
+                {"schema": 1, "data": "made-up text", "text_sha256": "0", "recipe": {"tokens": 1000, "sequence": 8}}
             )
         },
     )
@@ -331,21 +331,56 @@ def test_a_tax_needs_both_offsets():
 
 
 def test_curves_of_the_losses():
-    """Every memory and offset, over the seeds that have a model; NaN where none has."""
+    """Every memory and offset, over the seeds that have all of its models; over all where each lacks one."""
     missing = [(0, 1, 0, 2), (0, 1, 1, 3), (1, 1, 1, 3), (2, 1, 1, 3)]
     losses = made_up(SEVERAL, seeds=3, memories=2, spread=0.1, missing=missing)
     curves = loss_curves(losses)
     assert [(curve.memory, curve.offset) for curve in curves] == [("first", 1), ("first", 0), ("own", 1), ("own", 0)]
-    for curve in curves:
-        values = measured(losses, curve.offset, curve.memory)
+    for curve, whole in zip(curves, ([0, 1, 2], [0, 1, 2], [1, 2], [0, 1, 2]), strict=True):
+        values = measured(losses, curve.offset, curve.memory)[whole]
         np.testing.assert_allclose(curve.by_seed, values)
-        low, high = student_interval(values)
-        np.testing.assert_allclose(curve.nll.low, low)
-        np.testing.assert_allclose(curve.nll.high, high)
-        assert curve.over == "seeds"
+        assert curve.over == ("seeds" if len(whole) == 3 else "documents")
+        if len(whole) == 3:
+            low, high = student_interval(values)
+            np.testing.assert_allclose(curve.nll.low, low)
+            np.testing.assert_allclose(curve.nll.high, high)
     assert np.isnan([curves[3].nll.mean[3], curves[3].nll.low[3]]).all()
     assert curves[2].nll.mean[2] == pytest.approx(measured(losses, 1, "own")[1:, 2].mean())
     assert [curve.offset for curve in loss_curves(losses, "own")] == [1, 0]
+
+
+def test_equal_work():
+    """Read off the looks where a model had cost as much as the smallest in all; the looks are at half and all."""
+    losses = made_up([[3.0, 2.9, 2.8, 2.7]] * 2)
+    losses.data["flops"][:] = np.array([1.0, 4 / 3, 2.0, 4.0])
+    # Looks after 500 and 1,000 tokens, a nat apart; reached are 1,000, 750, 500 and 250 tokens.
+    found = equal_work(losses, offset=1, memory="first") - measured(losses)[0]
+    np.testing.assert_allclose(found, [0, 0.5, 1, np.nan], atol=1e-6)
+
+
+def test_some_loop_counts_only():
+    """As if the others had not been asked for; unknown ones are refused."""
+    losses = made_up(SEVERAL, missing=[(0, 0, 0, 3)])
+    some = recommend_training(losses, loops=[1, 2])
+    assert some.loops == (1, 2)
+    assert some.pick == 2
+    with pytest.raises(SweepError, match="no models with loops"):
+        recommend_training(losses, loops=[1, 5])
+
+
+def test_what_an_answer_leaves_out():
+    """Trainings that diverged, and a head start of the wiring that all models started from."""
+    losses = made_up(SEVERAL, seeds=2, missing=[(0, 0, 0, 3)])
+    about = losses.provenance | {"diverged": ["loops4-offset1-first-seed0"], "from": "a model"}
+    losses.data.attrs["provenance"] = json.dumps(about)
+    said = recommend_training(losses).leaves_out
+    assert "diverged (loops4-offset1-first-seed0)" in said
+    assert "head start" in said
+    assert "diverged" not in recommend_training(losses, offset=0).leaves_out
+    alone = made_up(SEVERAL, missing=[(0, 0, 0, 3)])
+    alone.data.attrs["provenance"] = json.dumps(about)
+    with pytest.raises(SweepError, match="Training diverged: loops4-offset1-first-seed0; a lower learning rate"):
+        recommend_training(alone)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -565,7 +600,7 @@ TRAINED = {
     *("offset", "memory", "seeds", "verdict", "recommended_loops", "why_undetermined", "support", "contenders"),
     *("break_even", "leaves_out", "loops"),
 }
-TRAINED_ROW = {"loops", "learning_rate", "flops", "kv_bytes", "kv_bytes_fixed"} | ends("nll")
+TRAINED_ROW = {"loops", "nll_equal_work", "learning_rate", "flops", "kv_bytes", "kv_bytes_fixed"} | ends("nll")
 DECOMPOSED = {"memory", "seeds", "intervals_over", "loops"}
 DECOMPOSED_ROW = {"loops"} | ends(
     *("loss_on", "loss_off", "gain", "tax", "net"),

@@ -223,16 +223,16 @@ def refuses(models, *words, columns="seeds"):
 
 
 def test_one_size_cannot_tell():
-    refuses(law(0.5, sizes=SIZES[:1]), "1 of the sizes")
+    refuses(law(0.5, sizes=SIZES[:1]), "two loop counts each, and there is 1")
 
 
 def test_sizes_of_one_loop_count_cannot_tell():
-    refuses(law(0.5, loops=(4,)), "0 of the sizes")
-    refuses(law(0.5, sizes=SIZES[:1]) + law(0.5, sizes=SIZES[1:], loops=(4,)), "1 of the sizes")
+    refuses(law(0.5, loops=(4,)), "two loop counts each, and there are 0")
+    refuses(law(0.5, sizes=SIZES[:1]) + law(0.5, sizes=SIZES[1:], loops=(4,)), "two loop counts each, and there is 1")
 
 
 def test_one_loop_count_trained_twice_is_one():
-    refuses(law(0.5, loops=(4, 4)), "0 of the sizes")
+    refuses(law(0.5, loops=(4, 4)), "two loop counts each, and there are 0")
 
 
 def test_four_models_cannot_tell_and_five_can():

@@ -109,7 +109,7 @@ def recommend(
         if losses := run.losses():
             if save:
                 raise InputError(f"--save keeps a diagnosis, and {model} is a sweep, which is kept: leave it out.")
-            answered = recommend_from_sweep(losses, price, seed, json, figures, quiet)
+            answered = recommend_from_sweep(losses, run.kept(), price, seed, json, figures, quiet)
             raise typer.Exit(Exit.ANSWERED if answered else Exit.UNDETERMINED)
         diagnosis = run.diagnosis(needs="prediction")
 

@@ -85,7 +85,7 @@ class Run:
             needs: A group of measures that has to be among those asked for.
         """
         self._check()
-        kept = self._kept()
+        kept = self.kept()
         model = self.checkpoint.model
         if Path(model).is_file():
             return self._saved()
@@ -111,7 +111,7 @@ class Run:
         if (_kind(file) or file.stem) != "sweep":
             return None
         self._check()
-        self._settled("the sweep")
+        self._settled("the sweep", but="--at")
 
         from loopdiag.losses import SweepLosses
 
@@ -160,8 +160,8 @@ class Run:
 
         return Diagnosis.load(self.checkpoint.model)
 
-    def _settled(self, what: str) -> None:
-        """Refuse options that a saved result has settled."""
+    def _settled(self, what: str, but: str | None = None) -> None:
+        """Refuse options that a saved result has settled, `but` one that chooses among what it has."""
         of_a_run: tuple[tuple[str, Any, Any], ...] = (
             ("--data", self.data, BUNDLED_DATA),
             ("--documents", self.documents, None),
@@ -175,12 +175,12 @@ class Run:
             ("--device", self.checkpoint.device, Device.auto),
             ("--dtype", self.checkpoint.dtype, Dtype.float32),
         )
-        if given := [flag for flag, value, default in of_a_run if value != default]:
+        if given := [flag for flag, value, default in of_a_run if value != default and flag != but]:
             raise InputError(
                 f"{', '.join(given)} cannot change {what} {self.checkpoint.model}: measure again, or leave them out."
             )
 
-    def _kept(self) -> list[int] | None:
+    def kept(self) -> list[int] | None:
         """The loops of --at."""
         if self.at is None:
             return None

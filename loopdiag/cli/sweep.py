@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from loopdiag.sweep.running import Plan
 
 MOST_SEEDS = 100
+RATES = "0.0015,0.003,0.006"
+LOOK_AGAIN = 2.0  # seconds from one look at what other processes have finished to the next
 # What torchrun, and MPI for processors, say to the processes that they start, and accelerate reads.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 GROUPS = (
@@ -58,7 +61,7 @@ def sweep(
     ] = "tiny",
     lr: Annotated[
         str, typer.Option("--lr", help="Peak learning rates; of several, a short search chooses for each loop count.")
-    ] = "0.0015,0.003,0.006",
+    ] = RATES,
     search_tokens: Annotated[
         int | None, typer.Option("--search-tokens", help="Training tokens of each search; a quarter if not given.")
     ] = None,
@@ -98,6 +101,10 @@ def sweep(
         in_range("--search-tokens", search_tokens, 1, tokens)
         if origin is not None and (size != "tiny" or tokenizer is not None):
             raise InputError("--from brings its own size and tokenizer: leave --size and --tokenizer out.")
+        if origin is not None and lr == RATES:
+            raise InputError(
+                "--from needs --lr: the rates of a training from scratch would undo what the model learnt."
+            )
         if importlib.util.find_spec("accelerate") is None:
             raise InputError('Training needs accelerate, which is not installed: pip install "loopdiag[train]".')
         check_outputs(folder=out, quiet=True)
@@ -151,7 +158,13 @@ def _note_rates(losses: SweepLosses, rates: tuple[float, ...]) -> None:
 
 
 def recommend_from_sweep(
-    losses: SweepLosses, price: float, seed: int, json: str | None, figures: Path | None, quiet: bool
+    losses: SweepLosses,
+    loops: list[int] | None,
+    price: float,
+    seed: int,
+    json: str | None,
+    figures: Path | None,
+    quiet: bool,
 ) -> bool:
     """Answer how many loops to train with from measured losses; whether the first wiring there has an answer."""
     from loopdiag.gaincost import TrainingRecommendation, recommend_training
@@ -163,7 +176,10 @@ def recommend_from_sweep(
     for memory in losses.data["memory"].values:
         for offset in losses.data["offset"].values:
             try:
-                answers.append(recommend_training(losses, price, offset=int(offset), memory=str(memory), seed=seed))
+                answer = recommend_training(
+                    losses, price, offset=int(offset), memory=str(memory), loops=loops, seed=seed
+                )
+                answers.append(answer)
             except SweepError as error:
                 missing.append(error)
     if not answers:
@@ -185,29 +201,39 @@ def recommend_from_sweep(
 
 def _print_sweep(told: dict[str, Any]) -> None:
     """The losses with each answer, and what the offset costs."""
+    from loopdiag.gaincost.rule import BreakEven, describe
+
     for answer in told["answers"]:
         seeds = f"{answer['seeds']} seed{'s' if answer['seeds'] > 1 else ''}"
         table = _table(
             f"Trained on {told['data']}, offset {answer['offset']}, memory {answer['memory']}, {seeds}",
-            "Held-out loss in nats per token, 95 % interval; forward work of a token; keys and values in 16 bits.",
-            ("loops", "loss [95 %]", "MFLOP/token", "KV bytes/token", "+ fixed", "learning rate"),
+            "Held-out loss in nats per token; at equal work: with no more training FLOPs than the first row. "
+            "Of a token: FLOPs of a forward, keys and values in 16 bits.",
+            (
+                "loops",
+                "loss [95 %]",
+                "at equal\nwork",
+                "MFLOP/\ntoken",
+                "KV bytes/\ntoken",
+                "fixed\nbytes",
+                "learning\nrate",
+            ),
         )
         for row in answer["loops"]:
             table.add_row(
-                *(str(row["loops"]), _interval(row, "nll"), f"{row['flops'] / 1e6:,.1f}", f"{row['kv_bytes']:,.0f}"),
-                *(f"{row['kv_bytes_fixed']:,.0f}", f"{row['learning_rate']:g}"),
+                *(str(row["loops"]), _interval(row, "nll"), _digits(row["nll_equal_work"])),
+                *(f"{row['flops'] / 1e6:,.1f}", f"{row['kv_bytes']:,.0f}", f"{row['kv_bytes_fixed']:,.0f}"),
+                f"{row['learning_rate']:g}",
             )
         stdout.print(table)
         verdict = answer["recommended_loops"] or f"undetermined: {answer['why_undetermined']}"
         support = ", ".join(f"{loops}: {share:.0%}" for loops, share in answer["support"].items())
-        fewest = answer["loops"][0]["loops"]
-        prices = ", ".join(f"{step['loops']} loops below {step['below']:.2g}" for step in answer["break_even"])
-        prices = f"{prices}, else {fewest}" if prices else f"{fewest} at any price"
+        steps = tuple(BreakEven(**step) for step in answer["break_even"])
         for line in (
             f"Train with how many loops? (measured)  {verdict}",
             f"    support  {support}",
             f"    price    {told['price_nats_per_loop']:g} nats per token and extra loop",
-            f"    break-even prices, by mean loss: {prices}",
+            f"    break-even prices, by mean loss: {describe(steps, answer['loops'][0]['loops'])}",
             f"    left out: {answer['leaves_out']}\n",
         ):
             stdout.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -237,11 +263,13 @@ def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
 
 
 def _interval(row: dict[str, float | None], name: str) -> str:
-    if row[name] is None:
-        return "-"
     if row[f"{name}_low"] is None:
-        return f"{row[name]:.3f}"
+        return _digits(row[name])
     return escape(f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _describe(plan: Plan, grid: Grid, out: Path) -> None:
@@ -292,14 +320,17 @@ def _bars(quiet: bool, plan: Plan, grid: Grid, out: Path) -> Iterator[Callable[[
         left = waiting(plan, grid, out)
         whole = bars.add_task(f"{len(left)} models", total=sum(left.values()))
         now = bars.add_task("")
-        doing = ""
+        doing, looked = "", 0.0
 
         def tell(what: str, done: int, of: int) -> None:
-            nonlocal doing
+            nonlocal doing, looked
             if what != doing:
                 doing = what
                 bars.reset(now, description=what, total=of)
             bars.update(now, completed=done, total=of)
+            if time.monotonic() < looked + LOOK_AGAIN and done < of:
+                return
+            looked = time.monotonic()
             # Models of other processes count when they are finished.
             waits = waiting(plan, grid, out)
             current = next((count for cell, count in waits.items() if cell.name == what), 0)

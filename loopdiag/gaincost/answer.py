@@ -12,7 +12,7 @@ from loopdiag.bootstrap import DRAWS
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.curve import gain_cost
 from loopdiag.gaincost.decision import Recommendation
-from loopdiag.gaincost.measured import Decomposition, TrainingRecommendation, decompose
+from loopdiag.gaincost.measured import Decomposition, TrainingRecommendation, decompose, equal_work
 from loopdiag.gaincost.scaling import exponent_of
 from loopdiag.losses import SweepLosses
 from loopdiag.measures import DEFINITIONS, is_by_loop
@@ -111,6 +111,13 @@ def _exponent(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, 
 
 def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, Any]:
     place = losses.data.sel(memory=answer.memory, offset=answer.offset)
+    worked = dict(
+        zip(
+            place["loops"].values.tolist(),
+            equal_work(losses, offset=answer.offset, memory=answer.memory),
+            strict=True,
+        )
+    )
     return {
         "offset": answer.offset,
         "memory": answer.memory,
@@ -126,6 +133,7 @@ def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, A
             {
                 "loops": loops,
                 **_estimated("nll", answer.nll, index),
+                "nll_equal_work": _number(worked[loops]),
                 **{
                     name: _number(place[name].sel(loops=loops).item())
                     for name in ("learning_rate", "flops", "kv_bytes", "kv_bytes_fixed")

@@ -85,9 +85,7 @@ def decompose(
     data = _of(losses, memory, seeds)
     if data.sizes["offset"] < 2:
         raise SweepError("This sweep has models with one offset only: the tax of an offset needs both, on and off.")
-    complete = np.flatnonzero(np.isfinite(data["nll"].transpose("seed", ...).values).all((1, 2, 3)))
-    if len(complete):
-        data = data.isel(seed=complete)
+    data = _whole_seeds(data)
     over = over or _over(data)
     if over == "seeds" and data.sizes["seed"] < 2:
         raise SweepError("One seed cannot say how much trainings differ: train more, or take intervals over documents.")
@@ -176,7 +174,13 @@ class TrainingRecommendation:
 
 
 def recommend_training(
-    losses: SweepLosses, price: float = PRICE, *, offset: int | None = None, memory: str | None = None, seed: int = 0
+    losses: SweepLosses,
+    price: float = PRICE,
+    *,
+    offset: int | None = None,
+    memory: str | None = None,
+    loops: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> TrainingRecommendation:
     """Recommend a loop count to train with from a sweep: the rule of `recommend`, on measured losses.
 
@@ -188,25 +192,35 @@ def recommend_training(
         price: Nats per token that an extra loop must bring, >= 0.
         offset: Of the models; the sweep's first, which is on where it has one, when None.
         memory: Likewise.
+        loops: Of these loop counts only; of all when None.
         seed: Of the draws.
 
     Raises:
         ValueError: `price` is negative or not finite.
-        SweepError: No seed has all loop counts yet, or the sweep has no such offset or memory.
+        SweepError: No seed has all loop counts yet, or the sweep has no such offset, memory or loop count.
     """
     price = checked_price(price)
     data = _of(losses, memory, None)
     offset = int(data["offset"].values[0]) if offset is None else offset
     if offset not in data["offset"].values:
         raise SweepError(f"This sweep has no models with offset {offset}: it has {_listed(data['offset'])}.")
+    if loops is not None:
+        if not loops or not set(loops) <= set(data["loops"].values.tolist()):
+            raise SweepError(f"This sweep has no models with loops {list(loops)}: it has {_listed(data['loops'])}.")
+        data = data.sel(loops=sorted(set(loops)))
     every = data["nll"].sel(offset=offset).transpose("seed", "document", "loops")
+    # A seed in which a count diverged says nothing of the others that would compare with what is left.
+    wiring = f"-offset{offset}-{data['memory'].item()}-"
+    diverged = [name for name in losses.provenance.get("diverged", ()) if wiring in name or name.startswith("loops1-")]
     nll = every.isel(seed=np.flatnonzero(np.isfinite(every.values).all((1, 2))))
     if not nll.sizes["seed"]:
         raise SweepError(
             f"No seed of this sweep has losses of all loop counts {_listed(data['loops'])} with offset {offset} and "
-            f"memory {data['memory'].item()} yet: run `loopdiag sweep` with the same settings again, which goes on."
+            f"memory {data['memory'].item()} yet: run `loopdiag sweep` with the same settings again, which goes on, or "
+            "ask for some counts only"
+            + (f". Training diverged: {', '.join(diverged)}; a lower learning rate may not." if diverged else ".")
         )
-    loops = data["loops"].values
+    counts = data["loops"].values
     means = nll.mean("document").values  # [seed, loops]
     sources = data["source"].values
     draws = resampled_means(nll.mean("seed").values, sources, seed=seed)
@@ -219,8 +233,12 @@ def recommend_training(
         left_out = "other data, sizes and budgets than these"
     elif len(means) > 1:
         left_out = f"{len(means)} seeds cannot say how much trainings differ; three can"
-    picked = pick(means.mean(0), draws, np.sqrt(variances), loops, price)
-    why = few_sources(sources, loops) or picked.why
+    if diverged:
+        left_out += f"; seeds in which a training diverged ({', '.join(diverged)}), which favours what did not"
+    if losses.provenance.get("from"):
+        left_out += "; all models started from one, which was trained with its own wiring and has a head start in it"
+    picked = pick(means.mean(0), draws, np.sqrt(variances), counts, price)
+    why = few_sources(sources, counts) or picked.why
     return TrainingRecommendation(
         verdict="undetermined" if why else "recommended",
         recommended_loops=None if why else picked.loops,
@@ -229,8 +247,8 @@ def recommend_training(
         price=price,
         support=picked.support,
         contenders=picked.contenders,
-        break_even=break_even(means.mean(0), loops),
-        loops=tuple(int(count) for count in loops),
+        break_even=break_even(means.mean(0), counts),
+        loops=tuple(int(count) for count in counts),
         nll=Estimate(means.mean(0), *interval(draws)),
         offset=offset,
         memory=str(data["memory"].item()),
@@ -238,6 +256,23 @@ def recommend_training(
         leaves_out=left_out,
         data=losses.provenance["data"],
     )
+
+
+def equal_work(losses: SweepLosses, *, offset: int, memory: str) -> Float[np.ndarray, " loops"]:
+    """Each loop count's loss after as much training work as the smallest had in all, in nats per token.
+
+    Read off the looks on the way, between two of them by a straight line. Deep models are then not annealed, which is
+    to their disadvantage. NaN before the first look.
+
+    Args:
+        losses: A sweep.
+        offset, memory: Of the models.
+    """
+    data = _whole_seeds(losses.data.sel(offset=offset, memory=memory))
+    nll = data["nll_look"].mean(["seed", "document"], skipna=False).transpose("loops", "look").values
+    tokens = data["look"].values
+    reached = tokens[-1] * float(data["flops"].values[0]) / data["flops"].values
+    return np.array([np.interp(at, tokens, curve, left=np.nan) for at, curve in zip(reached, nll, strict=True)])
 
 
 def _of(losses: SweepLosses, memory: str | None, seeds: Sequence[int] | None) -> xr.Dataset:
@@ -251,6 +286,13 @@ def _of(losses: SweepLosses, memory: str | None, seeds: Sequence[int] | None) ->
     if not seeds or len(set(seeds)) < len(seeds) or not set(seeds) <= set(data["seed"].values.tolist()):
         raise SweepError(f"seeds = {list(seeds)} is not allowed: give different ones of {_listed(data['seed'])}.")
     return data.sel(seed=list(seeds))
+
+
+def _whole_seeds(data: xr.Dataset) -> xr.Dataset:
+    """The seeds that lack no model, so that means compare the same trainings; all, where each lacks one."""
+    nll = data["nll"].transpose("seed", ...).values
+    whole = np.flatnonzero(np.isfinite(nll).all(tuple(range(1, nll.ndim))))
+    return data.isel(seed=whole) if len(whole) else data
 
 
 def _listed(values: xr.DataArray) -> str:
@@ -324,9 +366,9 @@ def loss_curves(losses: SweepLosses, memory: str | None = None, *, seed: int = 0
     memories = losses.data["memory"].values if memory is None else [memory]
     found = []
     for name in map(str, memories):
-        data = _of(losses, name, None)
-        for offset in data["offset"].values:
-            nll = data["nll"].sel(offset=offset).transpose("seed", "document", "loops")
+        for offset in losses.data["offset"].values:
+            data = _whole_seeds(_of(losses, name, None).sel(offset=offset))
+            nll = data["nll"].transpose("seed", "document", "loops")
             over, by_seed = _over(data), nll.mean("document", skipna=False).values
             curve = _estimate(nll, over, seed)
             found.append(LossCurve(int(offset), name, data["loops"].values, curve, by_seed, over))
@@ -369,7 +411,7 @@ def over_training(losses: SweepLosses, memory: str | None = None, *, seed: int =
     Raises:
         SweepError: The sweep has no such memory.
     """
-    data = _of(losses, memory, None)
+    data = _whole_seeds(_of(losses, memory, None))
     over = _over(data)
     nll = data["nll_look"].astype(float)
 

@@ -123,10 +123,11 @@ def exponent_of(
         seed: Of the draws.
 
     Raises:
-        InputError: Sweeps of other texts or budgets, or one without such models.
+        InputError: Sweeps of other texts, budgets or sequences, or one without such models.
     """
-    if len({(about["text_sha256"], about["recipe"]["tokens"]) for about in (each.provenance for each in sweeps)}) != 1:
-        raise InputError("The sweeps differ in text or training tokens: a size cannot be told from that.")
+    recipes = [(each.provenance["text_sha256"], each.provenance["recipe"]) for each in sweeps]
+    if len({(text, recipe["tokens"], recipe["sequence"]) for text, recipe in recipes}) != 1:
+        raise InputError("The sweeps differ in text, training tokens or sequence: a size cannot be told from that.")
     offset = int(sweeps[0].data["offset"].values[0]) if offset is None else offset
     memory = str(sweeps[0].data["memory"].values[0]) if memory is None else memory
     try:
@@ -301,7 +302,7 @@ def _why_not_to_fit(models: Sequence[Measured], losses: Losses, columns: str) ->
     sizes = sum(count >= 2 for count in counts.values())
     fewest = 2 if columns == "seeds" else FEWEST_DRAWS
     if sizes < 2:
-        return f"{sizes} of the sizes (n_rec) were measured at two loop counts or more, and it takes 2"
+        return f"it takes two sizes with two loop counts each, and there {'is' if sizes == 1 else 'are'} {sizes}"
     if len(models) <= PARAMETERS:
         return f"{len(models)} models are too few for a form with {PARAMETERS} parameters, which takes 5"
     if losses.shape[1] < fewest:

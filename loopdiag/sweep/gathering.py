@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import xarray as xr
 from loopdiag.losses import SweepLosses
 from loopdiag.model.config import LoopedConfig, RopeScaling
 from loopdiag.model.facts import flops, kv_bytes, parameters
-from loopdiag.results import about_machine
 from loopdiag.sweep.grid import Cell
 
 SETTINGS, GRID, RATES = "sweep.json", "grid.json", "rates.json"
@@ -29,13 +28,15 @@ def cell_file(folder: Path, cell: Cell) -> Path:
 
 def search_file(folder: Path, cell: Cell, rate: float) -> Path:
     """Where the loss of a short training at a learning rate is."""
-    return folder / "search" / f"{cell.name}-rate{rate:g}.json"
+    return folder / "search" / f"{cell.name}-rate{rate!r}.json"
 
 
-def chosen_rates(folder: Path) -> dict[int, float]:
-    """The learning rates that searches have chosen so far, by loop count."""
-    kept = folder / RATES
-    return {int(loops): rate for loops, rate in json.loads(kept.read_text()).items()} if kept.is_file() else {}
+def chosen_rates(folder: Path) -> tuple[float | None, dict[int, float]]:
+    """The learning rate that searches chose for all loop counts, None before, and that of each so far."""
+    if not (folder / RATES).is_file():
+        return None, {}
+    kept = json.loads((folder / RATES).read_text())
+    return kept["common"], {int(loops): rate for loops, rate in kept["loops"].items()}
 
 
 def gather(folder: Path) -> SweepLosses:
@@ -84,13 +85,25 @@ def gather(folder: Path) -> SweepLosses:
         {"units": NATS, "long_name": "held-out loss while training"},
     )
     settings = json.loads((folder / SETTINGS).read_text())
+    abouts = {cell: json.loads(data.attrs["provenance"]) for cell, data in cells.items()}
     variables |= _costs(settings, axes) | _rates(cells, axes) | _search(folder, axes)
     provenance = settings | {
-        "models": {cell.name: json.loads(data.attrs["provenance"])["weights_sha256"] for cell, data in cells.items()},
-        **about_machine(),
+        "models": {cell.name: abouts[cell]["weights_sha256"] for cell in cells},
+        "diverged": [cell.name for cell, data in cells.items() if np.isnan(data["nll_token"].values[there]).any()],
+        # More than one, where the models were trained on unlike machines.
+        "versions": _different(about.get("versions") for about in abouts.values()),
+        "devices": _different(about.get("device") for about in abouts.values()),
     }
     coords = axes | {"document": first["document"], "source": first["source"], "look": first["look"]}
     return SweepLosses(xr.Dataset(variables, coords, {"provenance": json.dumps(provenance, sort_keys=True)}))
+
+
+def _different(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def _axes(folder: Path, cells: Collection[Cell]) -> dict[str, list[Any]]:

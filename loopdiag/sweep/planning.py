@@ -171,7 +171,7 @@ def waiting(plan: Plan, grid: Grid, folder: Path) -> dict[Cell, int]:
     """Models that a sweep has yet to train, with training tokens, those of the search for their rates included."""
     tokens = {cell: plan.recipe.tokens for cell in grid.cells() if not cell_file(folder, cell).is_file()}
     if len(plan.rates) > 1:
-        chosen = chosen_rates(folder)
+        _, chosen = chosen_rates(folder)
         for cell in (cell for cell in grid.cells([SEARCH_SEED]) if cell.n_loops not in chosen):
             rates = [rate for rate in plan.rates if not search_file(folder, cell, rate).is_file()]
             if rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from loopdiag.files import whole
 from loopdiag.losses import SCHEMA, SweepError, SweepLosses
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
+from loopdiag.model.loading import load
 from loopdiag.model.saving import save
 from loopdiag.monitor import BATCH_SIZE
 from loopdiag.results import about_machine, weights_hash
@@ -30,6 +32,8 @@ from loopdiag.sweep.text import Text
 from loopdiag.sweep.training import Recipe, token_losses, train
 
 RESULT = "sweep.nc"
+# Nats that a rate of its own must bring a loop count: short trainings of two seeds differ by about as much.
+RATE_MARGIN = 0.05
 POLL = 2.0  # seconds between two looks for what other processes have left
 
 Progress = Callable[[str, int, int], None]
@@ -116,7 +120,9 @@ def sweep(plan: Plan, grid: Grid, folder: Path, progress: Progress | None = None
         _Job(cell, replace(plan.recipe, learning_rate=rates[cell.n_loops], seed=cell.seed), cell_file(folder, cell))
         for cell in grid.cells()
     ]
-    run.work("models", jobs, run.finish)
+    run.work("models", jobs, lambda job: run.train(job, run.finish))
+    if plan.measures:  # of models that were finished without
+        run.work("diagnoses", run.without_diagnosis(jobs), run.diagnose_again)
     return run.gather()
 
 
@@ -157,16 +163,17 @@ class _Run:
                 )
 
     def choose_rates(self) -> dict[int, float]:
-        """The learning rate of every loop count: of a short training at each, the one of least loss.
+        """The learning rate of every loop count, of short trainings at each rate.
 
-        All offsets and memories of a loop count share a rate, that of least mean loss over them: else part of what is
-        said of a factor would be a difference of rates. The loss is that of the documents to choose on. Rates that
-        were chosen stay, when a grid is extended.
+        One rate serves all, that of least mean loss, so that a loop count is not compared with another one's rate; a
+        loop count for which a rate of its own is better by more than `RATE_MARGIN` has that. All offsets and memories
+        of a loop count share it. Losses are those of the documents to choose on. Rates that were chosen stay, when a
+        grid is extended.
         """
         plan, grid = self.plan, self.grid
         if len(plan.rates) == 1:
             return dict.fromkeys(grid.loops, plan.rates[0])
-        chosen = chosen_rates(self.folder)
+        common, chosen = chosen_rates(self.folder)
         cells = [cell for cell in grid.cells([SEARCH_SEED]) if cell.n_loops not in chosen]
         recipe = replace(plan.recipe, tokens=plan.search_tokens, seed=SEARCH_SEED, evaluate_every=plan.search_tokens)
         jobs = [
@@ -174,35 +181,36 @@ class _Run:
             for cell in cells
             for rate in plan.rates
         ]
-        self.work("learning rates", jobs, self.note_search)
-        for n_loops in {cell.n_loops for cell in cells}:
-            losses = {
-                rate: np.mean(
-                    [
-                        json.loads(job.done.read_text())["nll_fit"]
-                        for job in jobs
-                        if job.cell.n_loops == n_loops and job.recipe.learning_rate == rate
-                    ]
-                )
-                for rate in plan.rates
-            }
+        self.work("learning rates", jobs, lambda job: self.train(job, self.note_search))
+        losses: dict[int, dict[float, list[float]]] = {}
+        for job in jobs:
+            nll = json.loads(job.done.read_text())["nll_fit"]
+            by_rate = losses.setdefault(job.cell.n_loops, {})
             # A training that diverged has no loss at all.
-            chosen[n_loops] = min(plan.rates, key=lambda rate: np.nan_to_num(losses[rate], nan=np.inf))
+            by_rate.setdefault(job.recipe.learning_rate, []).append(nll if math.isfinite(nll) else math.inf)
+        means = {loops: {rate: sum(nll) / len(nll) for rate, nll in found.items()} for loops, found in losses.items()}
+        if common is None:
+            common = min(plan.rates, key=lambda rate: sum(found[rate] for found in means.values()))
+        for loops, found in means.items():
+            best = min(plan.rates, key=lambda rate: found[rate])
+            chosen[loops] = best if found[best] < found[common] - RATE_MARGIN else common
         with FileLock(self.folder / "locks" / RATES):
-            chosen |= chosen_rates(self.folder)  # a process with another grid may have been first
+            before, rates = chosen_rates(self.folder)  # a process with another grid may have been first
+            chosen |= rates
+            kept = {"common": common if before is None else before, "loops": dict(sorted(chosen.items()))}
             with whole(self.folder / RATES) as partial:
-                partial.write_text(json.dumps({str(loops): chosen[loops] for loops in sorted(chosen)}) + "\n")
+                partial.write_text(json.dumps(kept) + "\n")
         return {loops: chosen[loops] for loops in grid.loops}
 
-    def work(self, what: str, jobs: Sequence[_Job], finish: _Finish) -> None:
-        """Train what is not trained, and what no other process is training, until all is there."""
+    def work(self, what: str, jobs: Sequence[_Job], do: Callable[[_Job], None]) -> None:
+        """Do what is not done, and what no other process is doing, until all is there."""
         while pending := [job for job in jobs if not job.done.is_file()]:
             self.tell(what, len(jobs) - len(pending), len(jobs))
             for job in pending:
                 try:
                     with FileLock(self.folder / "locks" / job.done.name, blocking=False):
                         if not job.done.is_file():
-                            self.train(job, finish)
+                            do(job)
                         break
                 except Timeout:
                     continue
@@ -252,6 +260,7 @@ class _Run:
             "cell": asdict(job.cell),
             "recipe": asdict(job.recipe),
             "weights_sha256": weights_hash(model),
+            "device": model.embed.weight.device.type,
             "training_loss": [(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
             **about_machine(),
         }
@@ -270,6 +279,14 @@ class _Run:
         with whole(job.done) as partial:
             data.to_netcdf(partial, engine="h5netcdf", encoding={name: {"zlib": True} for name in data.data_vars})
         self.gather()
+
+    def without_diagnosis(self, jobs: Sequence[_Job]) -> list[_Job]:
+        """Of the finished models that are still there, those that have none."""
+        files = [replace(job, done=self.folder / "diagnoses" / f"{job.cell.name}.nc") for job in jobs]
+        return [job for job in files if (self.folder / "models" / job.cell.name).is_dir()]
+
+    def diagnose_again(self, job: _Job) -> None:
+        self.diagnose(job.cell, load(self.folder / "models" / job.cell.name))
 
     def diagnose(self, cell: Cell, model: LoopedLM) -> None:
         """What the finished model shows of itself, beside what the sweep measures."""

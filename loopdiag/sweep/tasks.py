@@ -66,7 +66,7 @@ def stream(task: Task, tokens: int, seed: int) -> np.ndarray:
     return _rows(task, math.ceil(tokens / task.sequence), seed, TRAINING).astype(np.uint16).reshape(-1)
 
 
-def corpus(task: Task, n_documents: int = 128, seed: int = 0) -> Corpus:
+def corpus(task: Task, n_documents: int = 512, seed: int = 0) -> Corpus:
     """Held-out rows as documents, each its own source; the first half to fit on, the rest to report on.
 
     Training and held-out rows come from generators with different spawn keys, which are independent whatever the

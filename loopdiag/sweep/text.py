@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from loopdiag.corpus import Corpus, CorpusError, Document, bundled, read
-from loopdiag.corpus.documents import MIN_DOCUMENTS
+from loopdiag.corpus.documents import MIN_DOCUMENTS, spread
 from loopdiag.corpus.reading import MIN_SOURCES, split
 from loopdiag.files import whole
 from loopdiag.losses import SweepError
@@ -65,11 +65,10 @@ def prepare(
         CorpusError: Text that cannot be read, or too little of it.
         SweepError: What is there is settled, and was made for something else.
     """
-    asked: dict[str, Any] = {"data": _name(data), "tokens": tokens}
+    asked: dict[str, Any] = {"data": _name(data), "files": _files(data), "tokens": tokens}
     if tokenizer is not None and data not in tasks.TASKS:
         asked["tokenizer"] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     made_for, documents_file = folder / "made_for.json", folder / "documents.jsonl"
-    place = os.path.abspath(os.path.expanduser(data))  # data of a sweep may be moved
     before = json.loads(made_for.read_text()) if made_for.is_file() else None
     if before and settled:
         if other := [name for name in (*asked, "tokenizer") if asked.get(name) != before.get(name)]:
@@ -77,7 +76,7 @@ def prepare(
                 f"{folder.parent} holds another sweep ({made_for} says on what text; {other[0]} differs): give another "
                 "folder, or the settings of this one."
             )
-    elif before and before != asked | {"place": place}:
+    elif before and before != asked:
         documents_file.unlink(missing_ok=True)
     if not documents_file.is_file():
         made = _made(data, tokens, tokenizer)
@@ -91,7 +90,7 @@ def prepare(
             for document in documents
         ]
         with whole(made_for) as partial:
-            partial.write_text(json.dumps(asked | {"place": place}) + "\n")
+            partial.write_text(json.dumps(asked) + "\n")
         with whole(documents_file) as partial:  # last: it says that all is there
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     records = [json.loads(line) for line in documents_file.read_text().rstrip("\n").split("\n")]
@@ -106,6 +105,16 @@ def prepare(
 def _name(data: str) -> str:
     """Of a path its last part, as `corpus.read` names what it reads."""
     return Path(data).resolve().name if Path(data).exists() else data
+
+
+def _files(data: str) -> str | None:
+    """What tells a text from another of the same name, wherever it lies: names and sizes of its files, hashed."""
+    path = Path(os.path.expanduser(data))
+    if data in (BUNDLED, *tasks.TASKS) or not path.exists():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    sizes = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 def _made(data: str, tokens: int, tokenizer: PreTrainedTokenizerFast | None) -> Text:
@@ -141,14 +150,15 @@ def _hold_out(everything: Corpus) -> tuple[Corpus, list[Document]]:
         by_source.setdefault(document.source, []).append(document)
     # Small sources first, so that one giant is not most of what is held out; equal ones by the hash of their names.
     names = sorted(by_source, key=lambda name: (len(by_source[name]), hashlib.sha256(name.encode()).hexdigest()))
-    while names and len(held_out) < wanted:
+    while len(names) > 1 and (len(held_out) < wanted or len({each.source for each in held_out}) < MIN_SOURCES):
         held_out += by_source.pop(names.pop(0))
     training = [document for documents in by_source.values() for document in documents]
-    if not training or len({document.source for document in held_out}) < MIN_SOURCES:
+    if len(training) < MIN_SOURCES or len({document.source for document in held_out}) < MIN_SOURCES:
         raise CorpusError(
             f"{everything.name} has {len(documents)} documents, too few or of too few sources to hold some out and "
             "train on others. Give more documents, or more sources."
         )
+    held_out = [held_out[index] for index in spread(held_out, wanted)]  # of large sources some is enough
     random.Random(SEED).shuffle(training)
     fit, report = split(held_out)
     return Corpus(everything.name, fit, report), training

@@ -204,7 +204,7 @@ def train(
         progress: Called with (updates done, of how many).
 
     Raises:
-        ValueError: `stream` is shorter than a batch, or the folder holds another training run.
+        ValueError: `stream` is shorter than a batch, `start` is of another model, or the folder holds another run.
     """
     if len(stream) < recipe.sequence * recipe.batch_size:
         raise ValueError(
@@ -214,7 +214,10 @@ def train(
     model = LoopedLM(cfg)
     model.init_weights(recipe.seed)
     if start is not None:
-        model.load_state_dict(start, strict=False)
+        differ = model.load_state_dict(start, strict=False)
+        # A shared memory needs gates, and nothing else is a wiring's own.
+        if other := [name for name in (*differ.missing_keys, *differ.unexpected_keys) if ".attn.gate" not in name]:
+            raise ValueError(f"The weights to start from do not fit the model: {', '.join(other[:4])}.")
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.batches,
@@ -237,6 +240,8 @@ def train(
         disable_tqdm=progress is not None,
         report_to="none",
     )
+    # Of several devices the Trainer would use all, and a batch would be as many times larger.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     callbacks: list[TrainerCallback] = [HeldOutLoss(model, held_out, recipe.evaluate_every)]
     if watched and recipe.monitor_every:
         # Before the one that asks for a checkpoint, which keeps what was looked at.
