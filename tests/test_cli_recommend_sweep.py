@@ -232,5 +232,6 @@ def test_some_loop_counts_of_a_sweep(tmp_path):
     """--at chooses among what was trained, also where the rest is missing; what was not is refused."""
     folder = kept(made_up(SEVERAL, missing=[(0, 0, 0, 3)]), tmp_path / "sweep")
     result = run("recommend", folder, "--at", "1,2", "--json", "-")
+    assert result.stdout, result.output
     assert [each["recommended_loops"] for each in json.loads(result.stdout)["answers"]] == [2, 2]
     expect_refusal(run("recommend", folder, "--at", "1,7"), "no models with loops [1, 7]")

@@ -105,7 +105,8 @@ def sweep_answer(losses: SweepLosses, answers: Sequence[TrainingRecommendation],
 
 
 def _exponent(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, Any]:
-    found = exponent_of([losses], offset=answer.offset, memory=answer.memory)
+    some = SweepLosses(losses.data.sel(loops=list(answer.loops)))
+    found = exponent_of([some], offset=answer.offset, memory=answer.memory)
     return {"phi": found.phi, "low": found.low, "high": found.high, "why": found.why or None}
 
 
