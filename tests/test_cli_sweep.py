@@ -341,3 +341,9 @@ def test_rates_at_the_end_of_those_tried_are_told(asked, tmp_path):
     said = " ".join(result.stderr.split())
     assert re.search(r"learning rates: 0\.0?01 for 2 loops", said)
     assert "of loop counts 2 that is the last one tried: a wider --lr in a new folder may do better" in said
+    # A process that comes when the rates are chosen has nothing to search.
+    (cell,) = (tmp_path / "cells").glob("*.nc")
+    cell.unlink()
+    result = run("sweep", *asked, *places, "--lr", "0.001,0.01", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert cell.is_file()

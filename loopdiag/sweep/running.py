@@ -218,7 +218,8 @@ class _Run:
                 time.sleep(POLL)
         for job in jobs:  # of a process that was killed after its model was done
             shutil.rmtree(self._runs(job), ignore_errors=True)
-        self.tell(what, len(jobs), len(jobs))
+        if jobs:
+            self.tell(what, len(jobs), len(jobs))
 
     def _runs(self, job: _Job) -> Path:
         """Checkpoints of a training run."""

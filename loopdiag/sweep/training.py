@@ -211,6 +211,8 @@ def train(
             f"A batch of the recipe has {recipe.sequence * recipe.batch_size:,} tokens and the stream {len(stream):,}."
         )
     _claim(folder, cfg, recipe)
+    # After a few models torch would hold what it compiled for too much, and go on without compiling.
+    torch.compiler.reset()
     model = LoopedLM(cfg)
     model.init_weights(recipe.seed)
     if start is not None:
