@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from test_decoder import make_model
 from test_training import STREAM, TINY
 from tiny import VOCABULARY, padded, token_lists
@@ -205,6 +206,7 @@ def test_wrapped_models():
         assert loop_numbers(wrapped, [BATCH], ALL) == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert loop_numbers(model, [BATCH], ALL) == expected
+    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     rounded = prepared(BATCH.input_ids)
     assert loop_numbers(prepared, [BATCH], ALL) == expected
