@@ -32,11 +32,12 @@ from families import FAMILIES, LOOPS, SWEEPS, Family
 from rich.console import Console
 from rich.table import Table
 
-from loopdiag.bootstrap import interval, resampled_means, resampled_nanmeans
+from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.files import whole
 from loopdiag.gaincost import recommend, recommend_training
-from loopdiag.gaincost.lenses import INPUTS, LENSES, lens_picks
+from loopdiag.gaincost.decision import resampled_picks
+from loopdiag.gaincost.lenses import LENSES
 from loopdiag.gaincost.rule import FEWEST_SOURCES, PRICE
 from loopdiag.losses import SweepLosses
 
@@ -108,15 +109,9 @@ def from_lenses(lenses: Mapping[str, int], most: int) -> dict[str, int]:
 def rules(diagnosis: Diagnosis, price: float) -> tuple[dict[str, int], dict[str, float]]:
     """What each rule predicts from one checkpoint, and with which support."""
     most = int(diagnosis.loops[-1])
-    curves = {
-        name: diagnosis.data[name].mean([dim for dim in diagnosis.data[name].dims if dim not in ("document", "loop")])
-        for name in INPUTS
-        if name in diagnosis.data
-    }
-    sources = diagnosis.data["source"].values
-    draws = [resampled_nanmeans(curve.values, sources, RESAMPLES) for curve in curves.values()]
-    picks = from_lenses(lens_picks({name: curve.mean("document").values for name, curve in curves.items()}), most)
-    drawn = [from_lenses(lens_picks(dict(zip(curves, draw, strict=True))), most) for draw in zip(*draws, strict=True)]
+    lenses, resampled = resampled_picks(diagnosis, RESAMPLES)
+    picks = from_lenses(lenses, most)
+    drawn = [from_lenses(some, most) for some in resampled]
     support = {rule: float(np.mean([other[rule] == pick for other in drawn])) for rule, pick in picks.items()}
     exits = recommend(diagnosis, price)
     always = {"always 1": 1, "always 2": 2, "always max": most}

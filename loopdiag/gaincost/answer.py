@@ -112,13 +112,8 @@ def _exponent(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, 
 
 def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, Any]:
     place = losses.data.sel(memory=answer.memory, offset=answer.offset)
-    worked = dict(
-        zip(
-            place["loops"].values.tolist(),
-            equal_work(losses, offset=answer.offset, memory=answer.memory),
-            strict=True,
-        )
-    )
+    worked = equal_work(losses, offset=answer.offset, memory=answer.memory)
+    at_equal_work = dict(zip(place["loops"].values.tolist(), worked, strict=True))
     return {
         "offset": answer.offset,
         "memory": answer.memory,
@@ -134,7 +129,7 @@ def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, A
             {
                 "loops": loops,
                 **_estimated("nll", answer.nll, index),
-                "nll_equal_work": _number(worked[loops]),
+                "nll_equal_work": _number(at_equal_work[loops]),
                 **{
                     name: _number(place[name].sel(loops=loops).item())
                     for name in ("learning_rate", "flops", "kv_bytes", "kv_bytes_fixed")

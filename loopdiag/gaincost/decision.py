@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,15 +126,26 @@ def predict(diagnosis: Diagnosis, *, seed: int = 0) -> tuple[dict[str, int], dic
     loops = diagnosis.loops
     if len(loops) < loops[-1]:
         return {}, {}
+    lenses, resampled = resampled_picks(diagnosis, PREDICTIONS, seed=seed)
+    if not lenses:
+        return {}, {}
+    picks = [combine(drawn) for drawn in resampled]
+    return lenses, {loop: picks.count(loop) / PREDICTIONS for loop in loops.tolist()}
+
+
+def resampled_picks(
+    diagnosis: Diagnosis, draws: int, *, seed: int = 0
+) -> tuple[dict[str, int], Iterator[dict[str, int]]]:
+    """The lenses' picks from the mean curves of a diagnosis, and those from each of `draws` resamples of its documents.
+
+    A measure by layers or heads, too, is averaged over them. Without any curve there are no resamples.
+    """
     curves = {
         name: diagnosis.data[name].mean([dim for dim in diagnosis.data[name].dims if dim not in ("document", "loop")])
         for name in INPUTS
         if name in diagnosis.data
     }
     sources = diagnosis.data["source"].values
-    draws = {name: resampled_nanmeans(curve.values, sources, PREDICTIONS, seed) for name, curve in curves.items()}
-    lenses = lens_picks({name: curve.mean("document").values for name, curve in curves.items()})
-    if not lenses:
-        return {}, {}
-    picks = [combine(lens_picks(dict(zip(draws, draw, strict=True)))) for draw in zip(*draws.values(), strict=True)]
-    return lenses, {loop: picks.count(loop) / PREDICTIONS for loop in loops.tolist()}
+    drawn = [resampled_nanmeans(curve.values, sources, draws, seed) for curve in curves.values()]
+    picks = lens_picks({name: curve.mean("document").values for name, curve in curves.items()})
+    return picks, (lens_picks(dict(zip(curves, draw, strict=True))) for draw in zip(*drawn, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from loopdiag.losses import SweepLosses
-from loopdiag.model.config import LoopedConfig, RopeScaling
+from loopdiag.model.checkpoints import native
 from loopdiag.model.facts import flops, kv_bytes, parameters
 from loopdiag.sweep.grid import Cell
 
@@ -86,7 +86,7 @@ def gather(folder: Path) -> SweepLosses:
     )
     settings = json.loads((folder / SETTINGS).read_text())
     abouts = {cell: json.loads(data.attrs["provenance"]) for cell, data in cells.items()}
-    variables |= _costs(settings, axes) | _rates(cells, axes) | _search(folder, axes)
+    variables |= _costs(settings, axes) | _rates(abouts, axes) | _search(folder, axes)
     provenance = settings | {
         "models": {cell.name: abouts[cell]["weights_sha256"] for cell in cells},
         "diverged": [cell.name for cell, data in cells.items() if np.isnan(data["nll_token"].values[there]).any()],
@@ -122,15 +122,12 @@ def _axes(folder: Path, cells: Collection[Cell]) -> dict[str, list[Any]]:
 
 def _costs(settings: dict[str, Any], axes: dict[str, list[Any]]) -> dict[str, Any]:
     """Work and memory of a token, and parameters, which a configuration tells."""
-    known = {field.name for field in fields(LoopedConfig)}
-    base = {name: value for name, value in settings["config"].items() if name in known}
-    if base["rope_scaling"]:
-        base["rope_scaling"] = RopeScaling(**base["rope_scaling"])
+    base = native.read_config(settings["config"] | {"n_loops": 1})
     shape = tuple(len(axes[name]) for name in PLACE[1:])
     work, kept, fixed, once, looped = (np.zeros(shape) for _ in range(5))
     for place in np.ndindex(*shape):
         memory, offset, n_loops = (axes[name][index] for name, index in zip(PLACE[1:], place, strict=True))
-        cfg = LoopedConfig(**base, n_loops=n_loops, offset=offset, memory=memory)
+        cfg = replace(base, n_loops=n_loops, offset=offset, memory=memory)
         work[place] = flops(cfg, n_loops, settings["recipe"]["sequence"])
         memory_of = kv_bytes(cfg, n_loops)
         kept[place], fixed[place] = memory_of.per_token, memory_of.fixed
@@ -145,10 +142,8 @@ def _costs(settings: dict[str, Any], axes: dict[str, list[Any]]) -> dict[str, An
     }
 
 
-def _rates(cells: dict[Cell, xr.Dataset], axes: dict[str, list[Any]]) -> dict[str, Any]:
-    rates = {
-        cell.n_loops: json.loads(data.attrs["provenance"])["recipe"]["learning_rate"] for cell, data in cells.items()
-    }
+def _rates(abouts: dict[Cell, dict[str, Any]], axes: dict[str, list[Any]]) -> dict[str, Any]:
+    rates = {cell.n_loops: about["recipe"]["learning_rate"] for cell, about in abouts.items()}
     long_name = "peak learning rate, the same for every offset and memory"
     return {"learning_rate": ("loops", [rates.get(loops, np.nan) for loops in axes["loops"]], {"long_name": long_name})}
 

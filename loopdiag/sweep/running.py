@@ -141,26 +141,25 @@ class _Run:
 
     def claim(self) -> None:
         """Say in the folder which sweep it is; refuse one of another."""
-        said, ours = self.folder / SETTINGS, self.plan.said()
+        said, ours = self.folder / SETTINGS, json.loads(json.dumps(self.plan.said()))
         with FileLock(self.folder / "locks" / "settings"):
             if not said.is_file():
                 with whole(said) as partial:
                     partial.write_text(json.dumps(ours, indent=1) + "\n")
-        theirs = json.loads(said.read_text())
-        if theirs != json.loads(json.dumps(ours)):
-            other = ", ".join(name for name in ours if theirs.get(name) != json.loads(json.dumps(ours[name])))
-            raise SweepError(
-                f"{self.folder} holds another sweep ({SETTINGS} says which; {other} differs): give another folder, or "
-                "the settings of this one."
-            )
-        with FileLock(self.folder / "locks" / "settings"):  # a grid that is extended keeps what it had
-            asked, grid = self.folder / GRID, self.grid
-            places = json.loads(asked.read_text()) if asked.is_file() else {}
-            ours = {"seed": grid.seeds, "memory": grid.memories, "offset": grid.offsets, "loops": grid.loops}
-            with whole(asked) as partial:
-                partial.write_text(
-                    json.dumps({name: sorted({*places.get(name, ()), *values}) for name, values in ours.items()}) + "\n"
+            theirs = json.loads(said.read_text())
+            if theirs != ours:
+                other = ", ".join(name for name in ours if theirs.get(name) != ours[name])
+                raise SweepError(
+                    f"{self.folder} holds another sweep ({SETTINGS} says which; {other} differs): give another folder, "
+                    "or the settings of this one."
                 )
+            # A grid that is extended keeps what it had.
+            asked, grid = self.folder / GRID, self.grid
+            before = json.loads(asked.read_text()) if asked.is_file() else {}
+            now = {"seed": grid.seeds, "memory": grid.memories, "offset": grid.offsets, "loops": grid.loops}
+            places = {name: sorted({*before.get(name, ()), *values}) for name, values in now.items()}
+            with whole(asked) as partial:
+                partial.write_text(json.dumps(places) + "\n")
 
     def choose_rates(self) -> dict[int, float]:
         """The learning rate of every loop count, of short trainings at each rate.
