@@ -13,6 +13,7 @@ from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.curve import gain_cost
 from loopdiag.gaincost.decision import Recommendation
 from loopdiag.gaincost.measured import Decomposition, TrainingRecommendation, decompose, equal_work
+from loopdiag.gaincost.rule import Decision
 from loopdiag.gaincost.scaling import exponent_of
 from loopdiag.losses import SweepLosses
 from loopdiag.measures import DEFINITIONS, is_by_loop
@@ -33,19 +34,25 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
         "documents": about["documents"],
         "tokens": about["tokens"],
         "price_nats_per_loop": recommendation.price,
-        "verdict": recommendation.verdict,
-        "recommended_loops": recommendation.recommended_loops,
-        "why_undetermined": recommendation.why or None,
         "bootstrap": {"seed": recommendation.seed, "draws": DRAWS},
-        "support": {str(loop): share for loop, share in recommendation.support.items()},
-        "contenders": list(recommendation.contenders),
-        "break_even": [asdict(step) for step in recommendation.break_even],
+        **_decided(recommendation),
         "predicted_training_loops": recommendation.predicted_training_loops,
         "predicted_support": {str(loop): share for loop, share in recommendation.predicted_support.items()},
         "lenses": recommendation.lenses,
         "absent": about["absent"],
         "loops": loop_rows(diagnosis, recommendation.seed),
         "provenance": about,
+    }
+
+
+def _decided(decision: Decision) -> dict[str, Any]:
+    return {
+        "verdict": decision.verdict,
+        "recommended_loops": decision.recommended_loops,
+        "why_undetermined": decision.why or None,
+        "support": {str(loops): share for loops, share in decision.support.items()},
+        "contenders": list(decision.contenders),
+        "break_even": [asdict(step) for step in decision.break_even],
     }
 
 
@@ -118,12 +125,7 @@ def _trained(losses: SweepLosses, answer: TrainingRecommendation) -> dict[str, A
         "offset": answer.offset,
         "memory": answer.memory,
         "seeds": answer.seeds,
-        "verdict": answer.verdict,
-        "recommended_loops": answer.recommended_loops,
-        "why_undetermined": answer.why or None,
-        "support": {str(loops): share for loops, share in answer.support.items()},
-        "contenders": list(answer.contenders),
-        "break_even": [asdict(step) for step in answer.break_even],
+        **_decided(answer),
         "leaves_out": answer.leaves_out,
         "loops": [
             {

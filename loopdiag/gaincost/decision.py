@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from loopdiag.bootstrap import resampled_means, resampled_nanmeans
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost.lenses import INPUTS, combine, lens_picks
-from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, few_sources, pick
+from loopdiag.gaincost.rule import PRICE, Decision, checked_price, decide, describe
 
 PREDICTIONS = 500  # resamples of the documents, on each of which every lens is asked
 
 
 @dataclass(frozen=True)
-class Recommendation:
+class Recommendation(Decision):
     """Answers to the two questions, with what they rest on.
 
+    Question 1, how many loops to run this checkpoint with, is what a `Decision` says.
+
     Attributes:
-        verdict: Whether question 1, how many loops to run this checkpoint with, has an answer.
-        recommended_loops: That answer, or None.
-        pick: What the rule picks on all documents, answer or not.
-        why: Why undetermined; empty otherwise.
-        price: Nats per token that an extra loop must bring.
-        support: For each loop count, how often the rule picks it over bootstrap resamples of the documents.
-        contenders: Counts with a support of 10 % or more.
-        break_even: At which prices the best count changes, by mean utility, the largest count first.
         predicted_training_loops: Question 2, predicted from the lenses; provisional, since how they are combined is not
             backtested yet. None where no lens has an opinion.
         predicted_support: For each loop count, how often it is predicted over bootstrap resamples of the documents.
@@ -38,14 +31,6 @@ class Recommendation:
         seed: Of the bootstrap.
     """
 
-    verdict: Literal["recommended", "undetermined"]
-    recommended_loops: int | None
-    pick: int
-    why: str
-    price: float
-    support: dict[int, float]
-    contenders: tuple[int, ...]
-    break_even: tuple[BreakEven, ...]
     predicted_training_loops: int | None
     predicted_support: dict[int, float]
     lenses: dict[str, int]
@@ -54,14 +39,9 @@ class Recommendation:
     seed: int
 
     def __str__(self) -> str:
-        support = f"support {self.support[self.pick]:.0%}, price {self.price:g} nats per token and loop"
-        if self.recommended_loops is None:
-            run = f"undetermined ({self.why}; {support})"
-        else:
-            run = f"{self.recommended_loops} ({support})"
         lenses = ", ".join(f"{name} {loops}" for name, loops in self.lenses.items()) or "no lens has an opinion"
         return (
-            f"Run {self.model} (trained with {self.trained_loops}) with how many loops? Measured: {run}.\n"
+            f"Run {self.model} (trained with {self.trained_loops}) with how many loops? Measured: {self.in_words()}.\n"
             f"Break-even prices, by mean utility: {describe(self.break_even)}.\n"
             "Train with how many loops? Predicted, not backtested: "
             f"{self.predicted_training_loops or 'no answer'} ({lenses})."
@@ -96,19 +76,10 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
     sources = diagnosis.data["source"].values
     draws = resampled_means(nll, sources, seed=seed)
     errors = (draws[:, :, None] - draws[:, None, :]).std(0)  # [loop, loop]
-    picked = pick(nll.mean(0), draws, errors, loops, price)
-    why = few_sources(sources, loops) or picked.why
     about = diagnosis.provenance
     lenses, predicted = predict(diagnosis, seed=seed)
     return Recommendation(
-        verdict="undetermined" if why else "recommended",
-        recommended_loops=None if why else picked.loops,
-        pick=picked.loops,
-        why=why,
-        price=price,
-        support=picked.support,
-        contenders=picked.contenders,
-        break_even=break_even(nll.mean(0), loops),
+        **vars(decide(nll.mean(0), draws, errors, loops, price, sources)),
         predicted_training_loops=combine(lenses),
         predicted_support=predicted,
         lenses=lenses,

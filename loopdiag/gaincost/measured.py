@@ -11,7 +11,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from loopdiag.bootstrap import interval, resampled_means, student_interval
-from loopdiag.gaincost.rule import PRICE, BreakEven, break_even, checked_price, describe, few_sources, pick
+from loopdiag.gaincost.rule import PRICE, Decision, checked_price, decide, describe
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.summary import Estimate
 
@@ -122,18 +122,12 @@ def decompose(
 
 
 @dataclass(frozen=True)
-class TrainingRecommendation:
+class TrainingRecommendation(Decision):
     """How many loops to train with, from measured losses of models that were trained with each count.
 
+    The support is over draws of seeds and documents.
+
     Attributes:
-        verdict: Whether there is an answer.
-        recommended_loops: The answer, or None.
-        pick: What the rule picks on the mean losses, answer or not.
-        why: Why undetermined; empty otherwise.
-        price: Nats per token that an extra loop must bring.
-        support: For each loop count, how often the rule picks it over draws of seeds and documents.
-        contenders: Counts with a support of 10 % or more.
-        break_even: At which prices the best count changes, by mean loss, the largest count first.
         loops: The counts that were trained.
         nll: Their held-out losses, with 95 % intervals over what the draws are over.
         offset, memory: Of the models.
@@ -142,14 +136,6 @@ class TrainingRecommendation:
         data: What they were trained on.
     """
 
-    verdict: Literal["recommended", "undetermined"]
-    recommended_loops: int | None
-    pick: int
-    why: str
-    price: float
-    support: dict[int, float]
-    contenders: tuple[int, ...]
-    break_even: tuple[BreakEven, ...]
     loops: tuple[int, ...]
     nll: Estimate
     offset: int
@@ -159,15 +145,9 @@ class TrainingRecommendation:
     data: str
 
     def __str__(self) -> str:
-        support = f"support {self.support[self.pick]:.0%}, price {self.price:g} nats per token and loop"
-        answer = (
-            f"undetermined ({self.why}; {support})"
-            if self.recommended_loops is None
-            else f"{self.recommended_loops} ({support})"
-        )
         return (
             f"Train on {self.data} with how many loops (offset {self.offset}, memory {self.memory})? "
-            f"Measured: {answer}.\n"
+            f"Measured: {self.in_words()}.\n"
             f"Break-even prices, by mean loss: {describe(self.break_even, self.loops[0])}.\n"
             f"Left out: {self.leaves_out}."
         )
@@ -237,17 +217,8 @@ def recommend_training(
         left_out += f"; seeds in which a training diverged ({', '.join(diverged)}), which favours what did not"
     if losses.provenance.get("from"):
         left_out += "; all models started from one, which was trained with its own wiring and has a head start in it"
-    picked = pick(means.mean(0), draws, np.sqrt(variances), counts, price)
-    why = few_sources(sources, counts) or picked.why
     return TrainingRecommendation(
-        verdict="undetermined" if why else "recommended",
-        recommended_loops=None if why else picked.loops,
-        pick=picked.loops,
-        why=why,
-        price=price,
-        support=picked.support,
-        contenders=picked.contenders,
-        break_even=break_even(means.mean(0), counts),
+        **vars(decide(means.mean(0), draws, np.sqrt(variances), counts, price, sources)),
         loops=tuple(int(count) for count in counts),
         nll=Estimate(means.mean(0), *interval(draws)),
         offset=offset,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -27,23 +27,42 @@ class BreakEven:
 
 
 @dataclass(frozen=True)
-class Pick:
-    """What the rule picks.
+class Decision:
+    """A loop count, and how sure it is.
 
     Attributes:
-        loops: The count.
+        pick: The count that the rule picks on all that was measured, answer or not.
+        why: Why undetermined; empty otherwise.
+        price: Nats per token that an extra loop must bring.
         support: For each count, how often the rule picks it over resamples of what was measured.
-        why: Why the pick does not stand; empty where it does.
+        break_even: At which prices the best count changes, by mean utility, the largest count first.
     """
 
-    loops: int
-    support: dict[int, float]
+    pick: int
     why: str
+    price: float
+    support: dict[int, float]
+    break_even: tuple[BreakEven, ...]
+
+    @property
+    def verdict(self) -> Literal["recommended", "undetermined"]:
+        """Whether there is an answer."""
+        return "undetermined" if self.why else "recommended"
+
+    @property
+    def recommended_loops(self) -> int | None:
+        """The answer, or None."""
+        return None if self.why else self.pick
 
     @property
     def contenders(self) -> tuple[int, ...]:
         """Counts with a support of 10 % or more."""
         return tuple(loops for loops, share in self.support.items() if share >= CONTENDER)
+
+    def in_words(self) -> str:
+        """The answer, or why there is none, with its support and price."""
+        support = f"support {self.support[self.pick]:.0%}, price {self.price:g} nats per token and loop"
+        return f"undetermined ({self.why}; {support})" if self.why else f"{self.pick} ({support})"
 
 
 def checked_price(price: float) -> float:
@@ -59,18 +78,20 @@ def checked_price(price: float) -> float:
     return float(price)
 
 
-def pick(
+def decide(
     nll: PerLoop,
     draws: Float[np.ndarray, "draw loop"],
     errors: Float[np.ndarray, "loop loop"],
     loops: np.ndarray,
     price: float,
-) -> Pick:
+    sources: np.ndarray,
+) -> Decision:
     """Pick a loop count.
 
     utility(r) = -nll(r) - price * (r - 1); the smallest r that no larger one beats by more than one standard error of
-    their paired difference. It does not stand when it is picked in less than half of the resamples, or when the data
-    leave room (95 %) for another count to be better by more than the price.
+    their paired difference. Undetermined when it is picked in less than half of the resamples, when the data leave room
+    (95 %) for another count to be better by more than the price, or when the documents come from fewer than five
+    sources.
 
     Args:
         nll: Mean loss of each count, in nats per token.
@@ -78,17 +99,24 @@ def pick(
         errors: Standard error of each paired difference.
         loops: The counts, rising.
         price: Nats per token that an extra loop must bring.
+        sources: Of the documents.
     """
     paid = price * (loops - 1)
     utility, resampled = -nll - paid, -draws - paid
     picked = _rule(utility, errors)
     picks = np.array([_rule(draw, errors) for draw in resampled])
     support = {int(count): float((picks == index).mean()) for index, count in enumerate(loops)}
-    why = _doubt(utility, resampled, picked, support[int(loops[picked])], price, loops)
-    return Pick(int(loops[picked]), support, why)
+    return Decision(
+        pick=int(loops[picked]),
+        why=_few_sources(sources, loops)
+        or _doubt(utility, resampled, picked, support[int(loops[picked])], price, loops),
+        price=price,
+        support=support,
+        break_even=break_even(nll, loops),
+    )
 
 
-def few_sources(sources: Sequence[str] | np.ndarray, loops: np.ndarray) -> str:
+def _few_sources(sources: np.ndarray, loops: np.ndarray) -> str:
     """Why no pick among these counts stands on documents of these sources; empty where they are enough."""
     if len(loops) > 1 and len(np.unique(sources)) < FEWEST_SOURCES:
         return f"the documents come from fewer than {FEWEST_SOURCES} sources, too few to tell how sure an answer is"
