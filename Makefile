@@ -69,7 +69,7 @@ $(BASE): pyproject.toml constraints.txt
 	touch $(BASE)
 
 $(DEV): $(BASE)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,notebooks]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,notebooks,docs]"
 	touch $(DEV)
 
 clean:
