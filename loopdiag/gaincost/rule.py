@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 PRICE = 0.01
 CONTENDER = 0.10
@@ -103,8 +103,8 @@ def decide(
     """
     paid = price * (loops - 1)
     utility, resampled = -nll - paid, -draws - paid
-    picked = _rule(utility, errors)
-    picks = np.array([_rule(draw, errors) for draw in resampled])
+    picked = int(_rule(utility, errors))
+    picks = _rule(resampled, errors)
     support = {int(count): float((picks == index).mean()) for index, count in enumerate(loops)}
     return Decision(
         pick=int(loops[picked]),
@@ -123,15 +123,15 @@ def _few_sources(sources: np.ndarray, loops: np.ndarray) -> str:
     return ""
 
 
-def _rule(utility: PerLoop, errors: Float[np.ndarray, "loop loop"]) -> int:
+def _rule(utility: Float[np.ndarray, "*draw loop"], errors: Float[np.ndarray, "loop loop"]) -> Int[np.ndarray, "*draw"]:
     """Index of the smallest count that no larger one beats by more than one standard error.
 
     Where the errors are alike this is the smallest count within one standard error of the best. Where the best is
     noisy, it does not let in a count that a third one clearly beats, and a higher price never picks more loops.
     """
-    ahead = utility - utility[:, None]  # [count, rival]
-    beaten = np.triu(ahead > errors + ROUNDING, 1).any(1)
-    return int((~beaten).argmax())
+    ahead = utility[..., None, :] - utility[..., :, None]  # [*draw, count, rival]
+    beaten = np.triu(ahead > errors + ROUNDING, 1).any(-1)
+    return (~beaten).argmax(-1)
 
 
 def _doubt(
