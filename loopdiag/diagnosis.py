@@ -30,6 +30,7 @@ from loopdiag.measures import (
 from loopdiag.measures.attention import AttentionMeasures
 from loopdiag.measures.diversity import PooledRank
 from loopdiag.measures.similarity import LayerSimilarity
+from loopdiag.measures.tokens import by_token
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.dtypes import higher_precision
 from loopdiag.readouts import RECORDINGS, Readouts, fit_readouts
@@ -40,6 +41,7 @@ SCHEMA = 3
 LONGEST_RANK = 256
 LONGEST_DOCUMENT = 2048  # unless told: models are made for far more than a batch of them should hold
 NOISE_DOCUMENTS = 4  # run once more in higher precision; of as many sources
+SHOWN_DOCUMENTS = 4  # kept token by token; likewise
 
 
 class DiagnosisError(InputError):
@@ -52,7 +54,8 @@ class Diagnosis(Result):
 
     Attributes:
         data: Measures by `document, loop(, layer, head)`, a few by other dimensions; loop 0..R, or 0 and those that
-            were kept, with NaN where undefined; the coordinate `source` gives each document's cluster. Every variable
+            were kept, with NaN where undefined; the coordinate `source` gives each document's cluster. A few documents
+            may be there token by token, by `shown, (loop,) token`, NaN or "" beyond a document's end. Every variable
             carries `units`, `state` and `long_name`; `loopdiag.measures.DEFINITIONS` lists them.
     """
 
@@ -132,7 +135,7 @@ def diagnose(
     run = _Run(model, n_loops, at, batch_size, seed, groups, report, progress)
     fitted = run.fit_readouts(fit) if "readouts" in groups else None
     thresholds = run.exit_rules(fit) if "exit_rules" in groups and fit else {}
-    found, missing = run.measure(fitted)
+    found, shown, missing = run.measure(fitted)
     provenance = {
         "schema": SCHEMA,
         "model": model.source,
@@ -158,7 +161,8 @@ def diagnose(
         "batch_size": batch_size,
         **about_machine(),
     }
-    return Diagnosis(_dataset(found | thresholds, report, (0, *kept), run, provenance))
+    arrays = {name: values.double().cpu().numpy() for name, values in (found | thresholds).items()}
+    return Diagnosis(_dataset(arrays | shown, report, (0, *kept), run, provenance))
 
 
 class _Run:
@@ -179,6 +183,7 @@ class _Run:
         self.groups, self.report = groups, report
         self.rank_tokens = matched_tokens(len(document.input_ids) for document in report)
         self.longest = max(len(document.input_ids) for document in report)
+        self.shown = spread(report, SHOWN_DOCUMENTS)
         self.token_class: tuple[Tensor, int] | None = None
         if "classes" in groups:
             ids = model.tokenizer.get_vocab().values()
@@ -225,8 +230,8 @@ class _Run:
         ]
         return {f"{name}_fit": torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
 
-    def measure(self, fitted: Readouts | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Every measure over the report documents, and why some are missing."""
+    def measure(self, fitted: Readouts | None) -> tuple[dict[str, Tensor], dict[str, np.ndarray], dict[str, str]]:
+        """Every measure over the report documents, a few of them token by token, and why some are missing."""
         ours = None if isinstance(self.model, ForeignModel) else self.model
         pooled = PooledRank() if "pooled" in self.groups else None
         parts: list[dict[str, Tensor]] = []
@@ -255,7 +260,22 @@ class _Run:
             if "motion_label" in found and self.n_loops > 2:
                 lost = found["step_size"][:, -1] <= motion.ABOVE_NOISE * found["noise_step"][:, -1].nanmean()
                 found["motion_label"][lost] = float("nan")
-        return found, absent(trace, found, self.groups)
+        shown = self.tokens() if "tokens" in self.groups and trace.readable else {}
+        return found, shown, absent(trace, {*found, *shown}, self.groups)
+
+    def tokens(self) -> dict[str, np.ndarray]:
+        """A few documents of different sources, token by token."""
+        (batch,) = batches([self.report[index] for index in self.shown], SHOWN_DOCUMENTS)
+        documents = by_token(self.record(batch), self.model.tokenizer)
+        longest = max(len(document.text) for document in documents)
+        size = (len(documents), len(documents[0].loops), longest)
+        text, top = np.full((size[0], longest), "", object), np.full(size, "", object)
+        nll = np.full(size, np.nan)
+        for index, document in enumerate(documents):
+            end = len(document.text)
+            text[index, :end], top[index, :, :end] = document.text, np.array(document.top, object)
+            nll[index, :, :end] = document.nll
+        return {"token_text": text, "token_nll": nll, "token_top": top}
 
     @torch.no_grad()
     def noise(self, model: LoopedLM) -> dict[str, Tensor]:
@@ -319,7 +339,7 @@ def _identity(model: LoopedLM | ForeignModel) -> dict[str, Any]:
 
 
 def _dataset(
-    found: dict[str, Tensor],
+    found: dict[str, np.ndarray],
     report: Sequence[TokenDocument],
     loops: tuple[int, ...],
     run: _Run,
@@ -329,9 +349,8 @@ def _dataset(
     variables = {}
     for name, (units, state, long_name) in DEFINITIONS.items():
         if name in found:
-            values = found[name].double().cpu().numpy()
-            dims = dimensions(name, values.ndim)
-            variables[name] = (dims, values, {"units": units, "state": state, "long_name": long_name})
+            dims = dimensions(name, found[name].ndim)
+            variables[name] = (dims, found[name], {"units": units, "state": state, "long_name": long_name})
     there = {dim for dims, _, _ in variables.values() for dim in dims}
     coords = {
         "document": [document.name for document in report],
@@ -340,6 +359,7 @@ def _dataset(
         "rule": [*exit_rules.RULES, exit_rules.ORACLE],
         "tokens": rarefied(run.rank_tokens),
         "position": attention.octaves(run.longest),
+        "shown": [report[index].name for index in run.shown],
         "token_class": list(TOKEN_CLASSES),
     }
     chosen_coords: dict[str, Any] = {dim: values for dim, values in coords.items() if dim in there | {"loop"}}

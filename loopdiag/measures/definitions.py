@@ -88,6 +88,11 @@ GROUPS: dict[str, dict[str, tuple[str, str, str]]] = {
         "noise_shift": ("nats", "N(Y)", "what the run's rounding moves a token's output shift by"),
         "noise_nll": ("nats per token", "N(Y)", "what the run's rounding moves a token's NLL by"),
     },
+    "tokens": {
+        "token_text": ("text", "tokens", "each token of a few documents"),
+        "token_nll": ("nats", "N(Y)", "NLL of each token of a few documents, given the tokens before it"),
+        "token_top": ("text", "N(Y)", "likeliest token in each place of a few documents"),
+    },
     "classes": {
         "class_share": ("share of tokens", "tokens", "next tokens of a class"),
         "nll_by_class": ("nats per token", "N(Y)", "exit NLL on next tokens of a class"),
@@ -138,6 +143,8 @@ DIMENSIONS = {
     "exit_rule_nll": ("document", "rule", "setting"),
     "exit_rule_loops_fit": ("rule", "setting"),
     "exit_rule_nll_fit": ("rule", "setting"),
+    "token_text": ("shown", "token"),
+    **dict.fromkeys(("token_nll", "token_top"), ("shown", "loop", "token")),
     "class_share": ("document", "token_class"),
     **dict.fromkeys(("nll_by_class", "gain_by_class", "cost_by_class"), ("document", "loop", "token_class")),
     "gate_by_position": ("document", "loop", "layer", "position"),

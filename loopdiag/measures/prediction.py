@@ -110,7 +110,7 @@ def lens(trace: LoopTrace) -> dict[str, PerLoop]:
 
     Source: the logit lens (nostalgebraist, 2020).
     """
-    nll = per_token(trace, trace.normed, lambda logits, targets: {"nll_lens": _nll(logits.log_softmax(-1), targets)})
+    nll = per_token(trace, trace.normed, lambda logits, targets: {"nll_lens": nll_of(logits.log_softmax(-1), targets)})
     return averaged(nll, trace.predicts)
 
 
@@ -173,7 +173,7 @@ def averaged(series: dict[str, Float[Tensor, "loop document pos"]], kept: Tensor
     return {name: _median(x, kept) if name == "rank" else over_tokens(x, kept) for name, x in series.items()}
 
 
-def _nll(log_p: Float[Tensor, "loop token vocab"], targets: Tensor) -> Float[Tensor, "loop token"]:
+def nll_of(log_p: Float[Tensor, "loop token vocab"], targets: Tensor) -> Float[Tensor, "loop token"]:
     return -log_p.gather(-1, targets[None, :, None].expand(len(log_p), -1, 1))[..., 0]
 
 
@@ -181,7 +181,7 @@ def _exits_of(logits: Float[Tensor, "loop token vocab"], targets: Tensor) -> dic
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     true = logits.gather(-1, targets[None, :, None].expand(len(logits), -1, 1))
-    nll = _nll(log_p, targets)
+    nll = nll_of(log_p, targets)
     change = nll[1:] - nll[:-1]
     moved = log_p[1:] - log_p[:-1]
     middle = (p[1:] + p[:-1]).div_(2).clamp_min_(torch.finfo(p.dtype).tiny).log_()

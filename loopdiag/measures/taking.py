@@ -26,7 +26,8 @@ def take(
     """The measures of some groups, each with the document first; what the model or the trace lacks is left out.
 
     Not here: `readouts`, which `Readouts.measure` takes; attention beside the gate, `heads` and `layers`, which are
-    taken while the model runs (`AttentionMeasures`, `LayerSimilarity`); `pooled` (`PooledRank`) and `noise`.
+    taken while the model runs (`AttentionMeasures`, `LayerSimilarity`); `pooled` (`PooledRank`), `noise`
+    and `tokens` (`by_token`).
 
     Args:
         trace: The batch; with what `with_maps` adds for `fixed_point`.
@@ -112,7 +113,7 @@ def absent(trace: LoopTrace, taken: Collection[str], groups: Collection[str]) ->
             return "the corpus has no fit documents"
         if group == "readouts" and "nll_usable" not in taken:
             return "the trace has no head or no tokens, or the corpus has no documents to fit on"
-        if group in ("prediction", "classes", "exit_rules"):
+        if group in ("prediction", "tokens", "classes", "exit_rules"):
             return "the trace has no head or no tokens"
         if group == "offset" or name == "withheld":
             return "the model has no cross-loop position offset"
