@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 # "The data cannot tell" (exit code 3) is an answer, not a failure of make.
 UNDETERMINED_IS_FINE := || [ $$? -eq 3 ]
 
-.PHONY: demo test test-all lint figures saved emergence family families findings bench clean
+.PHONY: demo test test-all lint docs figures saved emergence family families findings bench clean
 
 demo: $(BASE)  ## answer the question on the bundled model and documents
 	mkdir -p build/demo
@@ -24,6 +24,10 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DEV)  ## build the documentation in build/docs/html; a warning is an error
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet \
+		-d build/docs/doctrees docs build/docs/html
 
 # What the figures need beyond the default measures.
 MEASURES := default,heads,rarefaction,pooled,fixed_point,noise,exit_rules

@@ -39,7 +39,7 @@ class Result:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What is needed to measure the same again: model, weights, corpus, seed, dtype, versions."""
+        """Model, weights, corpus, seed, dtype, versions; what is needed to measure the same again."""
         return json.loads(self.data.attrs["provenance"])
 
     def save(self, path: str | os.PathLike[str]) -> None:

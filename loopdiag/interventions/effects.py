@@ -59,7 +59,7 @@ class Intervention:
 
     @property
     def name(self) -> str:
-        """The change and the loop: unique in a catalogue."""
+        """The change and the loop; unique in a catalogue."""
         return self.change if self.loop is None else f"{self.change}, loop {self.loop}"
 
 

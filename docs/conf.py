@@ -1,0 +1,59 @@
+"""How `make docs` builds the documentation: no warning passes, and no page asks another machine for anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import loopdiag
+
+sys.path.insert(0, str(Path(__file__).parent / "extensions"))
+
+project = "loopdiag"
+author = "The loopdiag developers"
+project_copyright = f"2026, {author}"
+release = version = loopdiag.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "command_line",
+    "mathml",
+]
+exclude_patterns = ["extensions"]
+# Pages that other commands write may not be there yet.
+suppress_warnings = ["toc.empty_glob"]
+nitpicky = True
+nitpick_ignore_regex = [
+    # Other libraries, whose pages a build without a network cannot ask for, the shapes of their arrays, type variables.
+    (
+        r"py:.*",
+        r"(os|pathlib|contextlib|collections|jaxtyping|np|numpy|torch|xr|xarray|matplotlib|datasets|transformers"
+        r"|transformer_lens)\..*",
+    ),
+    (r"py:class", r"(Bool|Float|Int|Tensor|Module|ndarray|PreTrainedTokenizerFast|'.*'|loopdiag\..*T)"),
+]
+# In docstrings a name stands in single backticks.
+default_role = "code"
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+
+html_theme = "furo"
+html_title = "loopdiag"
+html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
+html_show_sourcelink = False
+html_copy_source = False
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
