@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopdiag import html
+from loopdiag.corpus.batching import one_text
+
 if TYPE_CHECKING:
     from loopdiag.corpus import Batch
     from loopdiag.model.config import LoopedConfig
@@ -66,6 +69,18 @@ class LoopTrace:
         documents, pos, d_model = self.raw.shape[1:]
         return f"LoopTrace of {self.n_loops} loops: {documents} documents of up to {pos} tokens, width {d_model}"
 
+    def _repr_html_(self) -> str:
+        rows = [
+            ("tokens of each document", ", ".join(map(str, self.mask.sum(1).tolist()))),
+            ("loops kept", ", ".join(map(str, self.loops))),
+            ("offset", str(self.offset)),
+            ("predictions to measure", "yes" if self.readable else "no: it lacks a head or tokens"),
+            ("gate", "no" if self.gate is None else "yes"),
+            ("coda", "no" if self.coda is None else "yes"),
+        ]
+        states = f"States [loop, document, pos, d_model] = {list(self.raw.shape)}: .raw is Y, .carry Z, .readout N(Y)."
+        return html.card(repr(self), rows=rows, notes=[states])
+
     @property
     def n_loops(self) -> int:
         """R, the loops that were run."""
@@ -78,17 +93,17 @@ class LoopTrace:
 
     @cached_property
     def normed(self) -> States:
-        """N(Y_r), what the plain logit lens reads: the readout itself, where no coda stands in between."""
+        """N(Y_r), what the plain logit lens reads; the readout itself, where no coda stands in between."""
         return self.readout if self.coda is None else self.norm(self.raw)
 
     @property
     def exit_state(self) -> States:
-        """What the readout is N of: Y_r, or the coda's output."""
+        """Y_r, or the coda's output; the readout is N of it."""
         return self.raw if self.coda is None else self.coda
 
     @property
     def readable(self) -> bool:
-        """Whether there are predictions to measure: a head and the tokens."""
+        """Whether there are a head and the tokens, and so predictions to measure."""
         return self.head is not None and self.input_ids is not None
 
     @property
@@ -217,7 +232,7 @@ class ForeignModel:
 @torch.no_grad()
 def record(
     model: LoopedLM,
-    batch: Batch,
+    batch: Batch | str,
     n_loops: int | None = None,
     *,
     at: Sequence[int] | None = None,
@@ -229,7 +244,7 @@ def record(
 
     Args:
         model: The model.
-        batch: Padded tokens with their mask.
+        batch: Padded tokens with their mask, or a text, which is a batch of one document.
         n_loops: Loops to run; the trained number, or the last of `at`, when None.
         at: Loops to keep, from 1 on; all when None.
         seed: Of the initial state, where a model draws one.
@@ -239,6 +254,7 @@ def record(
     Raises:
         ValueError: `n_loops` below 1, `at` that does not rise from 1 to it, or a model whose loops are wired otherwise
             than its configuration says.
+        CorpusError: A text without a token, or a model without a tokenizer to read it.
     """
     cfg = model.cfg
     if model.wiring.rewired:
@@ -247,8 +263,10 @@ def record(
             "A trace would tell of loops as the configuration has them: use run_with_cache, or record outside."
         )
     n_loops = (at[-1] if at else cfg.n_loops) if n_loops is None else n_loops
-    model.ensure_loops(n_loops)
     loops = kept_loops(n_loops, at)
+    if isinstance(batch, str):
+        batch = one_text(batch, model.tokenizer)
+    model.ensure_loops(n_loops)
     device = model.embed.weight.device
     input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device).bool()
     start = (

@@ -12,10 +12,10 @@ import loopdiag
 
 PACKAGE = Path(loopdiag.__file__).parent
 
-# A room may import what stands to its left, and itself. `files` and `bootstrap` are for all.
+# A room may import what stands to its left, and itself. `files`, `html` and `bootstrap` are for all.
 ROOMS = (
-    *("errors", "files", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "results", "diagnosis"),
-    *("losses", "summary", "gaincost", "plots", "report", "cli"),
+    *("errors", "files", "html", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "results"),
+    *("diagnosis", "losses", "summary", "gaincost", "plots", "report", "cli"),
 )
 # Side rooms use what stands left of gaincost, and only report and cli use them.
 SIDE_ROOMS = ("interventions", "probing", "monitor", "sweep")

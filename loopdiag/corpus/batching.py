@@ -98,6 +98,20 @@ def batches(documents: Sequence[TokenDocument], batch_size: int) -> Iterator[Bat
     return (_pad(documents[start : start + batch_size]) for start in range(0, len(documents), batch_size))
 
 
+def one_text(text: str, tokenizer: PreTrainedTokenizerFast | None) -> Batch:
+    """A batch of one document, a text as it stands, however short.
+
+    Raises:
+        CorpusError: There is no tokenizer, or the text has no token.
+    """
+    if tokenizer is None:
+        raise CorpusError("The model has no tokenizer, so text cannot be read: give a Batch of tokens.")
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if not ids:
+        raise CorpusError("The text is empty: give one of a token or more.")
+    return _pad([TokenDocument("text", "text", tuple(ids), cut=False)])
+
+
 def _pad(documents: Sequence[TokenDocument]) -> Batch:
     import torch
 

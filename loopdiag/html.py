@@ -1,0 +1,46 @@
+"""Results as compact HTML, for notebooks: tables without colours, so that light and dark themes both show them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+_LEFT = ' style="text-align: left"'
+
+
+def number(value: float, digits: int = 3) -> str:
+    """So many digits after the point; a dash where it is undefined."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def between(mean: float, low: float, high: float, digits: int = 3) -> str:
+    """A number with its interval, where it has one."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return number(mean, digits)
+    return f"{number(mean, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def card(
+    title: str, headings: Sequence[str] = (), rows: Iterable[Sequence[str]] = (), notes: Iterable[str] = ()
+) -> str:
+    """A title, a table and small print under it; every text is escaped.
+
+    Args:
+        title: In bold.
+        headings: Of the columns; none where empty.
+        rows: Cells as text, the first of each to the left.
+        notes: A line each; empty ones are left out.
+    """
+    parts = [f"<div><b>{escape(title)}</b></div>"]
+    body = "".join(_row("td", row) for row in rows)
+    if body:
+        head = f"<thead>{_row('th', headings)}</thead>" if headings else ""
+        parts.append(f'<table style="margin: 0.4em 0">{head}<tbody>{body}</tbody></table>')
+    parts += [f'<div style="font-size: smaller">{escape(note)}</div>' for note in notes if note]
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _row(cell: str, texts: Sequence[str]) -> str:
+    cells = (f"<{cell}{'' if index else _LEFT}>{escape(text)}</{cell}>" for index, text in enumerate(texts))
+    return f"<tr>{''.join(cells)}</tr>"
