@@ -299,7 +299,7 @@ class LoopedLM(HookedRootModule):
 
         What a past keeps goes by the turn of a pass, which differs from the loop's name where the order is changed.
         """
-        embedding = self.hook_embed(self._embedded(input_ids))
+        embedding = self.hook_embed(self.embedded(input_ids))
         carry = self._initial(embedding, layout, initial_state, seed)
         if past is not None:
             # Only now, when nothing else can be wrong with this run: a run that fails half-way spoils its past.
@@ -341,7 +341,8 @@ class LoopedLM(HookedRootModule):
             )
         return order, self.cfg.window, tuple(self.offset_into(loop) for loop in order)
 
-    def _embedded(self, input_ids: Tensor) -> State:
+    def embedded(self, input_ids: Tensor) -> State:
+        """Token embeddings, as the model scales them."""
         if input_ids.is_cuda and not torch.compiler.is_compiling():
             # There, a wrong index would take the whole device down instead of raising.
             low, high = (int(end) for end in input_ids.aminmax())
@@ -399,7 +400,10 @@ class LoopedLM(HookedRootModule):
         """B of the loop that takes over `carry`."""
         offset = self.offset_into(loop)
         before = None if past is None or not offset else past.before(turn, carry, offset)
-        shifted = self._hooks(loop).hook_carry(shift(carry, offset, layout.real, before))
+        return self.injected(start, self._hooks(loop).hook_carry(shift(carry, offset, layout.real, before)))
+
+    def injected(self, start: State, shifted: State) -> State:
+        """B, made of E and the carry as it enters the loop."""
         if self.cfg.injection == "none":
             return shifted
         if self.cfg.injection == "concat":

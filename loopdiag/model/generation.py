@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopdiag.errors import InputError
 from loopdiag.model.decoder import LoopedLM
+from loopdiag.model.parallel import ParallelLoops, check_parallel
 from loopdiag.model.past import Past
 
 
@@ -23,6 +24,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    schedule: Literal["sequential", "parallel"] = "sequential",
 ) -> Int[Tensor, "batch longer"]:
     """Go on with texts of one length, each token from the keys and values that the ones before it left behind.
 
@@ -37,12 +39,15 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
         top_p: Draw from the likeliest tokens that together have this probability.
         seed: Of the draws, and of the initial state of models that start from a random one.
+        schedule: Whether a new token's loops run one after the other, or side by side in one pass
+            (`ParallelLoops`), which takes an offset; the text is the same.
 
     Returns:
         The prompts and what follows.
 
     Raises:
-        InputError: A setting out of range; the message says what is allowed.
+        InputError: A setting out of range, or a model or hooks that the parallel schedule is not for; the message says
+            what is allowed.
     """
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         raise InputError("input_ids must be a tensor [batch, pos]; for text, model.tokenizer(text)['input_ids'].")
@@ -50,6 +55,7 @@ def generate(
         ("max_new_tokens", max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 1, "an integer >= 1"),
         ("temperature", temperature, _number(temperature) and _temperate(temperature), "0, or a number from 1e-4 on"),
         ("top_p", top_p, _number(top_p) and 0 < top_p <= 1, "a number above 0, at most 1"),
+        ("schedule", schedule, schedule in ("sequential", "parallel"), "'sequential' or 'parallel'"),
         ("seed", seed, _whole(seed) and 0 <= seed < 2**32, "an integer from 0 to 2**32 - 1"),
     ):
         if not fits:
@@ -60,13 +66,21 @@ def generate(
             f"{input_ids.shape[1]} + {max_new_tokens} tokens are more than the {model.cfg.n_ctx} that this model has "
             "rotations for: give fewer."
         )
+    if schedule == "parallel":
+        check_parallel(model)
     # Drawn on the CPU, so that a seed means the same text on every device.
     generator = torch.Generator().manual_seed(seed)
     past, ids, new = Past(), input_ids, input_ids
+    loops: ParallelLoops | None = None
     stops = torch.tensor(model.stop_tokens, dtype=ids.dtype, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
-        logits = model(new, n_loops=n_loops, return_type="last", seed=seed, past=past)
+        if loops is not None:
+            logits = loops.step(new)
+        else:
+            logits = model(new, n_loops=n_loops, return_type="last", seed=seed, past=past)
+            if schedule == "parallel":
+                loops = ParallelLoops(model, past, n_loops or model.cfg.n_loops, longest)
         chosen = logits.argmax(-1) if temperature == 0 else _drawn(logits, temperature, top_p, generator)
         new = torch.where(ended, ids[:, -1], chosen.to(ids)).unsqueeze(1)
         ids = torch.cat((ids, new), dim=1)

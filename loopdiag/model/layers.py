@@ -334,8 +334,9 @@ class Layer(nn.Module):
     ) -> tuple[Float[Tensor, "batch pos d_model"], KeyValue]:
         x = hooks.hook_resid_pre(x)
         attn_out, made = self.attn(self.ln1(x), x, layout, hooks.attn, memory, extend)
-        x = hooks.hook_resid_mid(self._add(x, attn_out, self.ln1_post))
-        return hooks.hook_resid_post(self._add(x, self.mlp(self.ln2(x)), self.ln2_post)), made
+        x = hooks.hook_resid_mid(self.add(x, attn_out, self.ln1_post))
+        return hooks.hook_resid_post(self.add(x, self.mlp(self.ln2(x)), self.ln2_post)), made
 
-    def _add(self, x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+    def add(self, x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+        """The residual stream with an update, normalised where this layer does."""
         return x + norm(update) if self.norms == "sandwich" else norm(x + update)

@@ -80,6 +80,14 @@ class Past:
         self._carries[turn] = torch.cat((old, carry), dim=1)[:, carry.shape[1] :].clone()
         return old
 
+    def kept(self, place: Hashable) -> KeyValue:
+        """Keys and values that `place` holds."""
+        return self._kept[place]
+
+    def carried(self, turn: int) -> State:
+        """The last `offset` carries into the pass at `turn`, the oldest token first."""
+        return self._carries[turn]
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept."""
