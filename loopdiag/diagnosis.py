@@ -265,8 +265,11 @@ class _Run:
 
     def tokens(self) -> dict[str, np.ndarray]:
         """A few documents of different sources, token by token."""
-        (batch,) = batches([self.report[index] for index in self.shown], SHOWN_DOCUMENTS)
-        documents = by_token(self.record(batch), self.model.tokenizer)
+        documents = [
+            document
+            for batch in batches([self.report[index] for index in self.shown], self.batch_size)
+            for document in by_token(self.record(batch), self.model.tokenizer)
+        ]
         longest = max(len(document.text) for document in documents)
         size = (len(documents), len(documents[0].loops), longest)
         text, top = np.full((size[0], longest), "", object), np.full(size, "", object)

@@ -36,6 +36,7 @@ FROM_LOOP = {
     **dict.fromkeys(("nll_exit", "nll_usable", "rank", "entropy", "effective_rank", "effective_rank_centred"), 0),
     **dict.fromkeys(("log_rank", "confidence", "accuracy", "settled", "participation_ratio", "hsic"), 0),
     **dict.fromkeys(("nll_lens", "effective_rank_by_tokens", *GROUPS["pooled"], "noise_nll", "nll_by_class"), 0),
+    **dict.fromkeys(("token_nll", "token_top"), 0),
     **dict.fromkeys(("gain", "cost", "output_shift", "output_shift_reverse", "output_shift_js"), 1),
     **dict.fromkeys(("step_size", "relative_step", "state_cosine", "radial_share", "changed", "fixed", "broken"), 1),
     **dict.fromkeys((*GROUPS["fixed_point"], "noise_step", "noise_shift", "gain_by_class", "cost_by_class"), 1),
@@ -47,6 +48,7 @@ FROM_LOOP = {
 }
 # What a Parallel Loop Transformer has nothing of.
 NOT_OF_PLT = {"nll_lens", "exit_probability"}
+TEXTS = {"token_text", "token_top"}
 
 
 def where_defined(values, exit_gate=False, loops=3):
@@ -63,6 +65,12 @@ def where_defined(values, exit_gate=False, loops=3):
         there &= places("loop") >= FROM_LOOP[name]
     if name == "hsic_layers":
         there &= places("loop_b") >= 1
+    if "shown" in values.dims:
+        lengths = {document.name: len(document.text.split()) for document in CORPUS.report}
+        ends = [lengths[name] for name in values["shown"].values.tolist()]
+        there &= places("token") < xr.DataArray(ends, dims="shown")
+    if name in ("token_nll", "token_top"):
+        there &= places("token") >= 1
     if "pairs" in name:
         there &= (places("loop_b") < places("loop")) & (places("loop_b") >= (2 if name.endswith("_local") else 1))
     if name.startswith("noise"):
@@ -73,6 +81,11 @@ def where_defined(values, exit_gate=False, loops=3):
         swept = values["exit_rule_threshold"].notnull() & ((values["rule"] != "gate") | exit_gate)
         there &= swept | ((values["rule"] == "oracle") & (places("setting") == 0))
     return there
+
+
+def is_there(values):
+    """Where a number is finite, or a text is one."""
+    return (values != "" if values.name in TEXTS else np.isfinite(values)).drop_attrs()
 
 
 def make_readable(**changes):
@@ -118,9 +131,10 @@ def test_dimensions_and_names(whole):
     for name, values in data.data_vars.items():
         assert values.dims == dimensions(name, values.ndim), name
         assert ("loop" in values.dims) == (name in FROM_LOOP), name
-        assert values.dtype == np.float64, name
+        assert values.dtype == (object if name in TEXTS else np.float64), name
         assert is_by_loop(name) == (set(values.dims) <= {"document", "loop", "layer", "head"} and "loop" in values.dims)
     sizes = {"document": 5, "loop": 5, "layer": 2, "head": 4, "loop_b": 5, "layer_b": 2, "token_class": 6}
+    sizes |= {"shown": 4, "token": max(len(document.text.split()) for document in CORPUS.report)}
     assert dict(data.sizes) == sizes | {"rule": 8, "setting": 10, "position": 6, "tokens": 2}
     assert data["document"].values.tolist() == [document.name for document in CORPUS.report]
     assert data["source"].dims == ("document",)
@@ -146,7 +160,7 @@ def test_every_number_says_what_it_is(whole):
 def test_undefined_is_nan_and_nothing_else_is(whole):
     """The first loops of what looks back, pairs that are none, thresholds that a rule has not; all else is finite."""
     for values in whole.data.values():
-        xr.testing.assert_equal(np.isfinite(values).drop_attrs(), where_defined(values).drop_attrs())
+        xr.testing.assert_equal(is_there(values), where_defined(values).drop_attrs())
 
 
 def test_numbers_are_those_of_each_document(quick):
@@ -290,7 +304,7 @@ def test_what_a_model_lacks_is_absent(kind, groups):
     for name, values in made.data.items():
         assert values.dims == dimensions(name, values.ndim), name
         defined = where_defined(values, exit_gate="exit gate" not in lacks)
-        xr.testing.assert_equal(np.isfinite(values).drop_attrs(), defined.drop_attrs())
+        xr.testing.assert_equal(is_there(values), defined.drop_attrs())
     told = json.loads(dumps(answer(made, recommend(made))))
     assert told["absent"] == absent
     asked = {name for group in groups for name in GROUPS[group] if is_by_loop(name)}
@@ -312,7 +326,7 @@ def test_runs_of_few_loops(kind, loops):
     assert set(made.data) == set(DEFINITIONS) - set(absent)
     for values in made.data.values():
         defined = where_defined(values, exit_gate="exit gate" not in lacks, loops=loops)
-        xr.testing.assert_equal(np.isfinite(values).drop_attrs(), defined.drop_attrs())
+        xr.testing.assert_equal(is_there(values), defined.drop_attrs())
 
 
 def test_a_run_of_one_loop_does_not_deny_the_gate():
@@ -355,7 +369,7 @@ def test_the_seed_draws_the_start():
     first, again, other = (diagnose(model, CORPUS, seed=seed, measures=["all"]) for seed in (3, 3, 4))
     xr.testing.assert_identical(again.data, first.data)
     assert first.provenance["seed"] == 3
-    for name in set(first.data) - {"motion_label", "class_share"}:  # of three values; of the text
+    for name in set(first.data) - {"motion_label", "class_share", "token_text"}:  # of three values; of the text
         assert not other.data[name].equals(first.data[name]), name
     first, other = (diagnose(MODEL, CORPUS, seed=seed, measures=QUICK) for seed in (3, 4))
     for name in first.data:
@@ -582,10 +596,10 @@ def test_every_group_on_a_model_that_is_not_ours(toy):
         assert {absent[name] for name in GROUPS[group]} == {NOT_OURS}
     for group in ("attention_pairs", "heads"):
         assert {absent[name] for name in GROUPS[group]} == {NO_GATE, NOT_CAPTURED}
-    for group in ("rarefaction", "pooled", "classes", "exit_rules"):
+    for group in ("rarefaction", "pooled", "tokens", "classes", "exit_rules"):
         assert set(GROUPS[group]) <= set(made.data), group
     for values in made.data.values():
-        xr.testing.assert_equal(np.isfinite(values).drop_attrs(), where_defined(values, loops=2).drop_attrs())
+        xr.testing.assert_equal(is_there(values), where_defined(values, loops=2).drop_attrs())
 
 
 def test_no_loops_are_left_out_of_a_foreign_run(toy):
@@ -617,7 +631,7 @@ def test_every_measure_is_defined_once():
         assert unit, name
         assert state, name
         assert 0 < len(said) <= 100, name
-        assert dimensions(name, 2)[0] in ("document", "loop", "rule"), name
+        assert dimensions(name, 2)[0] in ("document", "loop", "rule", "shown"), name
         assert is_by_loop(name) == (
             set(dimensions(name, 4)) <= {"document", "loop", "layer", "head"} and name in FROM_LOOP
         )
@@ -644,6 +658,7 @@ TAKERS = {
     "layers": ["diagnosis.LayerSimilarity"],
     "fixed_point": ["diagnosis.with_maps", "motion.fixed_point_gap", "motion.fixed_point_gap_layers"],
     "noise": ["diagnosis.higher_precision", "motion.noise_step", "prediction.noise"],
+    "tokens": ["diagnosis.by_token"],
     "classes": ["diagnosis.token_classes", "prediction.by_class"],
     "exit_rules": ["exit_rules.trade_off"],
     "offset": ["offset.omega", "offset.omega_random"],
@@ -738,7 +753,7 @@ def test_some_loops(kind):
         if name == "motion_label":  # the last step is of three loops, the one before of one
             assert np.isnan(values).all()
         else:
-            xr.testing.assert_equal(np.isfinite(values).drop_attrs(), where_defined(values).drop_attrs())
+            xr.testing.assert_equal(is_there(values), where_defined(values).drop_attrs())
     alike = {"nll_exit", "entropy", "rank", "accuracy", "nll_by_class", *GROUPS["offset"], *GROUPS["pooled"]}
     alike |= {"hsic", "hsic_layers", "effective_rank", "participation_ratio", *GROUPS["fixed_point"], *GROUPS["heads"]}
     alike |= {"gate_mean", "gate_by_position", *GROUPS["attention_pairs"]}
@@ -746,6 +761,9 @@ def test_some_loops(kind):
     for name in alike & set(some.data):
         there = {dim: [0, *at] for dim in ("loop", "loop_b") if dim in some.data[name].dims}
         np.testing.assert_allclose(some.data[name], every.data[name].sel(there), rtol=1e-4, atol=1e-5, err_msg=name)
+    for name in GROUPS["tokens"]:
+        there = {"loop": [0, *at]} if name != "token_text" else {}
+        assert some.data[name].equals(every.data[name].sel(there)), name
     net = (some.data["gain"] - some.data["cost"])[:, 1:]
     np.testing.assert_allclose(net, -np.diff(some.data["nll_exit"]), atol=1e-5)
     assert ("exit_probability" in every.data) == ("exit gate" not in lacks)
@@ -849,7 +867,10 @@ def test_batches_do_not_matter_to_any_group(kind, batch_size):
     one, other = (diagnose(model, CORPUS, measures=groups, batch_size=size).data for size in (8, batch_size))
     assert set(one) == set(other)
     for name in one:
-        np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=5e-5, err_msg=name)
+        if name in TEXTS:
+            assert other[name].equals(one[name])
+        else:
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-4, atol=5e-5, err_msg=name)
 
 
 def test_traces_are_let_go(monkeypatch):
@@ -865,7 +886,7 @@ def test_traces_are_let_go(monkeypatch):
     monkeypatch.setattr(module, "record", spy)
     groups = [group for group in GROUPS if group not in ("readouts", "noise")]
     diagnose(MODEL, CORPUS, batch_size=1, measures=groups)
-    assert len(alive) == len(CORPUS.fit) + len(CORPUS.report)
+    assert len(alive) == len(CORPUS.fit) + len(CORPUS.report) + module.SHOWN_DOCUMENTS
     assert max(most) <= 1
 
 
@@ -1076,7 +1097,7 @@ def test_any_precision(whole, dtype):
         made.data["nll_exit"].mean("document"), whole.data["nll_exit"].mean("document"), atol=0.1
     )
     for values in made.data.values():
-        xr.testing.assert_equal(np.isfinite(values).drop_attrs(), where_defined(values).drop_attrs())
+        xr.testing.assert_equal(is_there(values), where_defined(values).drop_attrs())
 
 
 def test_a_document_of_one_repeated_token():

@@ -63,8 +63,9 @@ def rows(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-# Groups that `take` takes; the others are taken while a model runs, over all documents, or by readouts.
-TAKEN = [name for name in GROUPS if name not in ("readouts", "pooled", "layers", "noise", "attention_pairs", "heads")]
+# Groups that `take` takes; the others are taken while a model runs, over all documents or a few, or by readouts.
+ELSEWHERE = ("readouts", "pooled", "layers", "noise", "tokens", "attention_pairs", "heads")
+TAKEN = [name for name in GROUPS if name not in ELSEWHERE]
 CLASSES = torch.arange(VOCABULARY) % 3
 
 
