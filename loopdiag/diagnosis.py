@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
 
+from loopdiag import html
 from loopdiag.corpus import TOKEN_CLASSES, Batch, Corpus, TokenDocument, batches, token_classes, tokenize
 from loopdiag.corpus.documents import spread
 from loopdiag.errors import InputError
@@ -42,6 +44,17 @@ LONGEST_RANK = 256
 LONGEST_DOCUMENT = 2048  # unless told: models are made for far more than a batch of them should hold
 NOISE_DOCUMENTS = 4  # run once more in higher precision; of as many sources
 SHOWN_DOCUMENTS = 4  # kept token by token; likewise
+
+# Columns of what a diagnosis shows of itself, and the digits of each.
+IN_BRIEF = {
+    "exit NLL": ("nll_exit", 3),
+    "gain": ("gain", 3),
+    "cost": ("cost", 3),
+    "usable NLL": ("nll_usable", 3),
+    "relative step": ("relative_step", 3),
+    "cos of updates": ("cos_update", 2),
+    "effective rank": ("effective_rank", 1),
+}
 
 
 class DiagnosisError(InputError):
@@ -85,6 +98,69 @@ class Diagnosis(Result):
             f"{about['documents']} documents of {about['corpus']}, {about['tokens']:,} predicted tokens, "
             f"{len(self.data.data_vars)} measures"
         )
+
+    def _repr_html_(self) -> str:
+        about = self.provenance
+        columns = {heading: of for heading, of in IN_BRIEF.items() if of[0] in self.data}
+        cells = [
+            [html.number(mean, digits) for mean in self.data[name].mean("document").sel(loop=self.loops).values]
+            for name, digits in columns.values()
+        ]
+        names = html.starred(self.loops, about["trained_loops"])
+        return html.card(
+            repr(self),
+            ["loop", *columns],
+            zip(names, *cells, strict=True),
+            [
+                "Means over documents; NLL, gain and cost in nats per token.",
+                html.beyond(names),
+                f"Groups: {', '.join(about['measures'])}. Everything measured: .data, as a table: .to_frame().",
+            ],
+        )
+
+    def to_frame(self, measures: str | Collection[str] | None = None, *, keep: Collection[str] = ()) -> pd.DataFrame:
+        """A tidy table for seaborn and pandas: one number in each row.
+
+        `seaborn.lineplot(diagnosis.to_frame("gain"), x="loop", y="value")` draws a measure over the loops;
+        `pandas.concat` puts the tables of several models under each other, which `hue="model"` then tells apart.
+        Intervals that seaborn makes do not know that documents of one source are alike; those of
+        `loopdiag.summary.by_loop` do.
+
+        Args:
+            measures: One or several; those by document and loop (and layer and head) when None.
+            keep: Of "layer" and "head", what to keep apart; the others are averaged over.
+
+        Returns:
+            The columns `model, document, source, measure, loop, value, unit`, and before `value` one for every other
+            dimension that a measure has or that is kept. Undefined values are left out.
+
+        Raises:
+            DiagnosisError: A measure was not taken.
+            ValueError: `keep` names something else.
+        """
+        if not set(keep) <= {"layer", "head"}:
+            raise ValueError(f"keep = {sorted(keep)} is not allowed: of layer and head, name what to keep apart.")
+        if measures is None:
+            by_both = {"document", "loop"}
+            names = [
+                str(name)
+                for name, values in self.data.data_vars.items()
+                if by_both <= set(values.dims) <= by_both | {"layer", "head"}
+            ]
+        else:
+            names = [measures] if isinstance(measures, str) else list(measures)
+            self.require(*names)
+        parts = []
+        for name in names:
+            values = self.data[name]
+            if averaged := [dim for dim in values.dims if dim in {"layer", "head"} - set(keep)]:
+                values = values.mean(averaged)
+            part = values.to_dataframe("value").reset_index().dropna(subset="value")
+            parts.append(part.assign(model=self.provenance["model"], measure=name, unit=values.attrs.get("units")))
+        frame = pd.concat(parts, ignore_index=True)
+        first, last = ["model", "document", "source", "measure", "loop"], ["value", "unit"]
+        others = [column for column in frame if column not in (*first, *last)]
+        return frame[[column for column in (*first, *others, *last) if column in frame]]
 
 
 def diagnose(

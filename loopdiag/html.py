@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LEFT = ' style="text-align: left"'
 
@@ -21,22 +25,49 @@ def between(mean: float, low: float, high: float, digits: int = 3) -> str:
     return f"{number(mean, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
+class Numbers(Protocol):
+    """Numbers with their intervals, of one length; NaN where there is none."""
+
+    @property
+    def mean(self) -> np.ndarray: ...
+    @property
+    def low(self) -> np.ndarray: ...
+    @property
+    def high(self) -> np.ndarray: ...
+
+
+def rows(names: Iterable[object], columns: Iterable[Numbers]) -> list[list[str]]:
+    """Rows of a table: a name, then a number of each column with its interval."""
+    cells = [[between(*ends) for ends in zip(each.mean, each.low, each.high, strict=True)] for each in columns]
+    return [[str(name), *row] for name, *row in zip(names, *cells, strict=True)]
+
+
+def starred(loops: Iterable[int], trained: int) -> list[str]:
+    """Loop numbers, those beyond the trained count with a star."""
+    return [f"{loop}*" if loop > trained else str(loop) for loop in loops]
+
+
+def beyond(names: Iterable[str]) -> str:
+    """What a star means, where there is one."""
+    return "*: beyond training." if any(name.endswith("*") for name in names) else ""
+
+
 def card(
-    title: str, headings: Sequence[str] = (), rows: Iterable[Sequence[str]] = (), notes: Iterable[str] = ()
+    title: str, headings: Sequence[str] = (), body: Iterable[Sequence[str]] = (), notes: Iterable[str] = ()
 ) -> str:
     """A title, a table and small print under it; every text is escaped.
 
     Args:
         title: In bold.
         headings: Of the columns; none where empty.
-        rows: Cells as text, the first of each to the left.
+        body: Rows of cells as text, the first of each to the left.
         notes: A line each; empty ones are left out.
     """
     parts = [f"<div><b>{escape(title)}</b></div>"]
-    body = "".join(_row("td", row) for row in rows)
-    if body:
+    inside = "".join(_row("td", row) for row in body)
+    if inside:
         head = f"<thead>{_row('th', headings)}</thead>" if headings else ""
-        parts.append(f'<table style="margin: 0.4em 0">{head}<tbody>{body}</tbody></table>')
+        parts.append(f'<table style="margin: 0.4em 0">{head}<tbody>{inside}</tbody></table>')
     parts += [f'<div style="font-size: smaller">{escape(note)}</div>' for note in notes if note]
     return f"<div>{''.join(parts)}</div>"
 

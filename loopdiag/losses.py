@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loopdiag import html
 from loopdiag.errors import InputError
 from loopdiag.results import Result
 
@@ -41,3 +42,13 @@ class SweepLosses(Result):
             f"{self.data.sizes['seed']} seeds, {about['recipe']['tokens']:,} tokens each; "
             f"{trained} of {nll.size // nll.sizes['document']} places measured"
         )
+
+    def _repr_html_(self) -> str:
+        nll = self.data["nll"].mean("document", skipna=False).mean("seed").transpose("memory", "offset", "loops")
+        body = [
+            [f"memory {memory}, offset {offset}", *map(html.number, nll.sel(memory=memory, offset=offset).values)]
+            for memory in nll["memory"].values
+            for offset in nll["offset"].values
+        ]
+        headings = ["", *(f"{loops} loop{'s' if loops > 1 else ''}" for loops in nll["loops"].values)]
+        return html.card(repr(self), headings, body, ["Held-out losses in nats per token, means of the seeds."])

@@ -79,7 +79,7 @@ class LoopTrace:
             ("coda", "no" if self.coda is None else "yes"),
         ]
         states = f"States [loop, document, pos, d_model] = {list(self.raw.shape)}: .raw is Y, .carry Z, .readout N(Y)."
-        return html.card(repr(self), rows=rows, notes=[states])
+        return html.card(repr(self), body=rows, notes=[states])
 
     @property
     def n_loops(self) -> int:

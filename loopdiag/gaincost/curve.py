@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from loopdiag import html
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.summary import Estimate, estimate
 
@@ -42,6 +43,21 @@ class GainCost:
     def cost_over_gain(self) -> PerLoop:
         """Near 1, a loop only moves things; NaN for a loop that helps no token."""
         return self.cost.mean / np.where(self.gain.mean > 0, self.gain.mean, np.nan)
+
+    def _repr_html_(self) -> str:
+        columns = {"exit NLL [95 %]": self.nll_exit, "gain": self.gain, "cost": self.cost, "net gain": self.net}
+        names = html.starred(self.loop, self.trained_loops)
+        rows = html.rows(names, columns.values())
+        return html.card(
+            f"Gain and cost of each loop of {self.model}, trained with {self.trained_loops}",
+            ["loop", *columns, "cost/gain"],
+            [[*row, html.number(ratio, 2)] for row, ratio in zip(rows, self.cost_over_gain, strict=True)],
+            [
+                f"Nats per token. Intervals: 95 % over {self.documents} documents; they leave out the training seed. "
+                "Loop 1 starts from the embedding and does not compare with the others.",
+                html.beyond(names),
+            ],
+        )
 
 
 def gain_cost(diagnosis: Diagnosis, *, seed: int = 0) -> GainCost:

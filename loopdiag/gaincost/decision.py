@@ -38,14 +38,22 @@ class Recommendation(Decision):
     model: str
     seed: int
 
-    def __str__(self) -> str:
+    @property
+    def _question(self) -> str:
+        return f"Run {self.model} (trained with {self.trained_loops}) with how many loops? Measured:"
+
+    @property
+    def _prediction(self) -> str:
         lenses = ", ".join(f"{name} {loops}" for name, loops in self.lenses.items()) or "no lens has an opinion"
-        return (
-            f"Run {self.model} (trained with {self.trained_loops}) with how many loops? Measured: {self.in_words()}.\n"
-            f"Break-even prices, by mean utility: {describe(self.break_even)}.\n"
-            "Train with how many loops? Predicted, not backtested: "
-            f"{self.predicted_training_loops or 'no answer'} ({lenses})."
-        )
+        predicted = self.predicted_training_loops or "no answer"
+        return f"Train with how many loops? Predicted, not backtested: {predicted} ({lenses})."
+
+    def __str__(self) -> str:
+        prices = f"Break-even prices, by mean utility: {describe(self.break_even)}."
+        return f"{self._question} {self.in_words()}.\n{prices}\n{self._prediction}"
+
+    def _repr_html_(self) -> str:
+        return self.card(self._question, [self._prediction])
 
 
 def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> Recommendation:

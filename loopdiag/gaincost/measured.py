@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from loopdiag import html
 from loopdiag.bootstrap import interval, resampled_means, student_interval
 from loopdiag.gaincost.rule import PRICE, Decision, checked_price, decide, describe
 from loopdiag.losses import SweepError, SweepLosses
@@ -55,6 +56,23 @@ class Decomposition:
     loss_off: Estimate
     seeds: int
     over: Literal["seeds", "documents"]
+
+    def _repr_html_(self) -> str:
+        columns = {
+            "loss, offset on": self.loss_on,
+            "loss, offset off": self.loss_off,
+            **{"gain": self.gain, "tax": self.tax, "net": self.net},
+        }
+        caveats = {
+            "seeds": "they hold for these documents",
+            "documents": "they leave out what another training would give",
+        }
+        return html.card(
+            f"Gain and tax of each loop count, memory {self.memory}, {self.seeds} seed{'s' if self.seeds > 1 else ''}",
+            ["loops", *columns],
+            html.rows(self.loops, columns.values()),
+            [f"Nats per token, from the count above. Intervals: 95 % over {self.over}; {caveats[self.over]}."],
+        )
 
 
 def decompose(
@@ -144,12 +162,23 @@ class TrainingRecommendation(Decision):
     leaves_out: str
     data: str
 
+    @property
+    def _question(self) -> str:
+        return f"Train on {self.data} with how many loops (offset {self.offset}, memory {self.memory})? Measured:"
+
     def __str__(self) -> str:
         return (
-            f"Train on {self.data} with how many loops (offset {self.offset}, memory {self.memory})? "
-            f"Measured: {self.in_words()}.\n"
+            f"{self._question} {self.in_words()}.\n"
             f"Break-even prices, by mean loss: {describe(self.break_even, self.loops[0])}.\n"
             f"Left out: {self.leaves_out}."
+        )
+
+    def _repr_html_(self) -> str:
+        losses = ", ".join(f"{loops}: {loss}" for loops, loss in html.rows(self.loops, [self.nll]))
+        return self.card(
+            self._question,
+            [f"Held-out losses, nats per token: {losses}.", f"Left out: {self.leaves_out}."],
+            self.loops[0],
         )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from loopdiag import html
 
 PRICE = 0.01
 CONTENDER = 0.10
@@ -58,6 +61,17 @@ class Decision:
     def contenders(self) -> tuple[int, ...]:
         """Counts with a support of 10 % or more."""
         return tuple(loops for loops, share in self.support.items() if share >= CONTENDER)
+
+    def card(self, question: str, notes: Sequence[str], fewest: int = 1) -> str:
+        """The answer with its support and prices as HTML; `fewest` is the smallest count that was measured."""
+        answer = self.recommended_loops or f"undetermined: {self.why}"
+        support = ", ".join(f"{loops}: {share:.0%}" for loops, share in self.support.items())
+        rows = [
+            ("support", support),
+            ("price", f"{self.price:g} nats per token and extra loop"),
+            ("break-even prices, by mean utility", describe(self.break_even, fewest)),
+        ]
+        return html.card(f"{question} {answer}", body=rows, notes=notes)
 
     def in_words(self) -> str:
         """The answer, or why there is none, with its support and price."""

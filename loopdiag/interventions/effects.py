@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from loopdiag import html
 from loopdiag.bootstrap import interval, resampled_means
 from loopdiag.corpus import Batch, Corpus, TokenDocument, batches, tokenize
 from loopdiag.diagnosis import checked_max_tokens
@@ -189,6 +190,19 @@ class Effects(Result):
             f"Effects of {self.data.sizes['intervention']} interventions on {about['model']} (trained with "
             f"{about['trained_loops']} loops, run with {about['run_loops']}): {about['documents']} documents of "
             f"{about['corpus']}, {about['tokens']:,} predicted tokens"
+        )
+
+    def _repr_html_(self) -> str:
+        body = [
+            [row.name, html.between(row.effect, row.low, row.high), html.number(row.helped), html.number(row.harmed)]
+            for row in self.table()
+        ]
+        untouched = html.number(float(self.data["nll"].mean()))
+        return html.card(
+            repr(self),
+            ["intervention", "change of the NLL [95 %]", "helped", "harmed"],
+            body,
+            [f"Nats per token; above 0 is worse. NLL untouched: {untouched}.", CAVEAT],
         )
 
 
