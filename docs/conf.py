@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 import loopdiag
 
@@ -30,7 +33,7 @@ nitpick_ignore_regex = [
     # Other libraries, whose pages a build without a network cannot ask for, the shapes of their arrays, type variables.
     (
         r"py:.*",
-        r"(os|pathlib|contextlib|collections|jaxtyping|np|numpy|torch|xr|xarray|matplotlib|datasets|transformers"
+        r"(os|pathlib|contextlib|collections|jaxtyping|np|numpy|torch|xr|xarray|pandas|matplotlib|datasets|transformers"
         r"|transformer_lens)\..*",
     ),
     (r"py:class", r"(Bool|Float|Int|Tensor|Module|ndarray|PreTrainedTokenizerFast|'.*'|loopdiag\..*T)"),
@@ -57,3 +60,12 @@ html_show_sourcelink = False
 html_copy_source = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def offer_as_files(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Links to Markdown outside this folder, such as a model card, lead to the file: it is no page of the site."""
+    source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", offer_as_files)
