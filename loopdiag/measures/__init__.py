@@ -1,6 +1,16 @@
 """Measures: pure functions from a `LoopTrace` to arrays whose first dimension is the document."""
 
-from loopdiag.measures import attention, diversity, exit_rules, motion, offset, prediction, similarity
+from loopdiag.measures import (
+    attention,
+    diversity,
+    exit_rules,
+    motion,
+    offset,
+    prediction,
+    similarity,
+    tokens,
+    trajectories,
+)
 from loopdiag.measures.definitions import DEFAULT_GROUPS, DEFINITIONS, GROUPS, chosen, dimensions, is_by_loop
 from loopdiag.measures.taking import absent, rarefied, take
 
@@ -21,4 +31,6 @@ __all__ = [
     "rarefied",
     "similarity",
     "take",
+    "tokens",
+    "trajectories",
 ]

@@ -12,6 +12,7 @@ from loopdiag.plots.files import draw, left_out, pictures
 from loopdiag.plots.loops import rarefaction
 from loopdiag.plots.nats import gain_cost, readability
 from loopdiag.plots.predictions import predictions, shares
+from loopdiag.plots.prompts import changes, logit_lens, trajectories
 from loopdiag.plots.similarity import similarity
 from loopdiag.plots.sweeps import (
     draw_sweep,
@@ -24,6 +25,7 @@ from loopdiag.plots.training import emergence
 
 __all__ = [
     "attention",
+    "changes",
     "draw",
     "draw_sweep",
     "emergence",
@@ -34,6 +36,7 @@ __all__ = [
     "hidden_states",
     "left_out",
     "left_out_of_sweep",
+    "logit_lens",
     "losses_over_training",
     "measured_gain_cost",
     "pictures",
@@ -44,4 +47,5 @@ __all__ = [
     "shift_against_offset",
     "similarity",
     "trained_losses",
+    "trajectories",
 ]
