@@ -26,7 +26,7 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 docs: $(DEV)  ## build the documentation in build/docs/html; a warning is an error
-	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet \
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --nitpicky --quiet \
 		-d build/docs/doctrees docs build/docs/html
 
 # What the figures need beyond the default measures.

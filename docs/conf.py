@@ -26,8 +26,6 @@ extensions = [
     "mathml",
 ]
 exclude_patterns = ["extensions"]
-# Pages that other commands write may not be there yet.
-suppress_warnings = ["toc.empty_glob"]
 nitpicky = True
 nitpick_ignore_regex = [
     # Other libraries, whose pages a build without a network cannot ask for, the shapes of their arrays, type variables.
@@ -62,10 +60,17 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
+def leave_out(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Lines such as `findings*` are for pages that another command writes; without one there is nothing to list."""
+    there = {page.stem for page in Path(app.srcdir).glob("*.md")}
+    source[0] = re.sub(r"^(\w+)\*\n", lambda line: line[0] if line[1] in there else "", source[0], flags=re.MULTILINE)
+
+
 def offer_as_files(app: Sphinx, docname: str, source: list[str]) -> None:
     """Links to Markdown outside this folder, such as a model card, lead to the file: it is no page of the site."""
     source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", leave_out)
     app.connect("source-read", offer_as_files)
