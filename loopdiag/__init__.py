@@ -23,6 +23,7 @@ _PUBLIC = {
     "LoopTrace": "loopdiag.trace",
     "LoopedConfig": "loopdiag.model",
     "LoopedLM": "loopdiag.model",
+    "ProbeScores": "loopdiag.scores",
     "Recommendation": "loopdiag.gaincost",
     "SweepLosses": "loopdiag.losses",
     "bundled_models": "loopdiag.model",
@@ -31,11 +32,12 @@ _PUBLIC = {
     "gain_cost": "loopdiag.gaincost",
     "intervene": "loopdiag.interventions",
     "load": "loopdiag.model",
+    "probe": "loopdiag.probing",
     "recommend": "loopdiag.gaincost",
     "recommend_training": "loopdiag.gaincost",
     "record": "loopdiag.trace",
 }
-_ROOMS = ("corpus", "interventions", "measures", "plots")
+_ROOMS = ("corpus", "interventions", "measures", "plots", "probing")
 
 __all__ = [*_PUBLIC, *_ROOMS, "__version__"]
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from loopdiag import interventions as interventions
     from loopdiag import measures as measures
     from loopdiag import plots as plots
+    from loopdiag import probing as probing
     from loopdiag.diagnosis import Diagnosis as Diagnosis
     from loopdiag.diagnosis import diagnose as diagnose
     from loopdiag.gaincost import GainCost as GainCost
@@ -60,6 +63,8 @@ if TYPE_CHECKING:
     from loopdiag.model import bundled_models as bundled_models
     from loopdiag.model import load as load
     from loopdiag.monitor import LoopMonitor as LoopMonitor
+    from loopdiag.probing import probe as probe
+    from loopdiag.scores import ProbeScores as ProbeScores
     from loopdiag.trace import ForeignModel as ForeignModel
     from loopdiag.trace import LoopTrace as LoopTrace
     from loopdiag.trace import record as record

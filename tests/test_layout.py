@@ -15,14 +15,14 @@ PACKAGE = Path(loopdiag.__file__).parent
 # A room may import what stands to its left, and itself. `files`, `html` and `bootstrap` are for all.
 ROOMS = (
     *("errors", "files", "html", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "results"),
-    *("diagnosis", "losses", "summary", "gaincost", "plots", "report", "cli"),
+    *("diagnosis", "losses", "summary", "scores", "gaincost", "plots", "report", "cli"),
 )
 # Side rooms use what stands left of gaincost, and only report and cli use them.
 SIDE_ROOMS = ("interventions", "probing", "monitor", "sweep")
 # Training a family is watched.
 BETWEEN_SIDE_ROOMS = {("sweep", "monitor")}
-# Beyond the order: summary, gaincost, plots and report work on results, and know no models.
-STRANGERS = {("summary", "model"), ("gaincost", "model"), ("plots", "model"), ("report", "model")}
+# Beyond the order: summary, scores, gaincost, plots and report work on results, and know no models.
+STRANGERS = {(room, "model") for room in ("summary", "scores", "gaincost", "plots", "report")}
 # The package's own files: `__init__` only points at the rooms, `__main__` starts the last one.
 ENTRANCES = {"": set(ROOMS) | set(SIDE_ROOMS), "__main__": {"cli"}}
 # What every room may take from the package itself.
@@ -199,6 +199,11 @@ def late():
         ("losses", "sweep", False),
         ("losses", "gaincost", False),
         ("plots", "sweep", False),
+        ("plots", "scores", True),
+        ("probing", "scores", True),
+        ("scores", "summary", True),
+        ("plots", "probing", False),
+        ("cli", "probing", True),
         ("cli", "sweep", True),
         ("cli", "model", True),
         ("trace", "", False),
