@@ -12,6 +12,7 @@ from loopdiag.plots.files import draw, left_out, pictures
 from loopdiag.plots.loops import rarefaction
 from loopdiag.plots.nats import gain_cost, readability
 from loopdiag.plots.predictions import predictions, shares
+from loopdiag.plots.probes import pictures_of_probes, probes
 from loopdiag.plots.prompts import changes, logit_lens, trajectories
 from loopdiag.plots.similarity import similarity
 from loopdiag.plots.sweeps import (
@@ -19,6 +20,7 @@ from loopdiag.plots.sweeps import (
     left_out_of_sweep,
     losses_over_training,
     measured_gain_cost,
+    pictures_of_sweep,
     trained_losses,
 )
 from loopdiag.plots.training import emergence
@@ -40,7 +42,10 @@ __all__ = [
     "losses_over_training",
     "measured_gain_cost",
     "pictures",
+    "pictures_of_probes",
+    "pictures_of_sweep",
     "predictions",
+    "probes",
     "rarefaction",
     "readability",
     "shares",

@@ -132,12 +132,17 @@ def _holds(diagnosis: Diagnosis, name: str) -> bool:
     return name in diagnosis.data and not bool(diagnosis.data[name].isnull().all())
 
 
-def pictures(diagnoses: Sequence[Diagnosis], recommendations: Sequence[Recommendation | None] = ()) -> dict[str, bytes]:
-    """Every figure that the diagnoses allow, by file name, as PNG and SVG.
+def pictures(
+    diagnoses: Sequence[Diagnosis],
+    recommendations: Sequence[Recommendation | None] = (),
+    forms: Sequence[str] = tuple(METADATA),
+) -> dict[str, bytes]:
+    """Every figure that the diagnoses allow, by file name.
 
     Args:
         diagnoses: One, or several to draw together.
         recommendations: One for each diagnosis gives the price and the loop count to mark.
+        forms: `png`, `svg` or both.
     """
     told = recommendations or [None] * len(diagnoses)
     found: dict[str, bytes] = {}
@@ -146,7 +151,7 @@ def pictures(diagnoses: Sequence[Diagnosis], recommendations: Sequence[Recommend
             taking_part = [pair for pair in zip(diagnoses, told, strict=True) if _takes_part(kind, pair[0])]
             if taking_part:
                 drawn = _together(kind, diagnoses) if isinstance(kind, Together) else _apart(kind, taking_part)
-                found |= {f"{name}.{form}": rendered(drawn, form) for form in METADATA}
+                found |= {f"{name}.{form}": rendered(drawn, form) for form in forms}
     return found
 
 

@@ -318,10 +318,9 @@ def left_out_of_sweep(losses: SweepLosses) -> dict[str, str]:
 def draw_sweep(
     losses: SweepLosses, folder: str | os.PathLike[str], *, price: float | None = None, seed: int = 0
 ) -> list[Path]:
-    """Write every figure that a sweep allows into a folder, as PNG and SVG; files of these names are replaced.
+    """Write `pictures_of_sweep` into a folder; files of these names are replaced.
 
-    Nothing is written unless all figures can be drawn, and each file is written whole or not at all. What is not
-    trained yet is left out of each figure.
+    Nothing is written unless all figures can be drawn, and each file is written whole or not at all.
 
     Args:
         losses: A sweep.
@@ -331,6 +330,20 @@ def draw_sweep(
 
     Returns:
         The files.
+    """
+    return write_all(Path(folder), pictures_of_sweep(losses, price=price, seed=seed))
+
+
+def pictures_of_sweep(
+    losses: SweepLosses, *, price: float | None = None, seed: int = 0, forms: Sequence[str] = tuple(METADATA)
+) -> dict[str, bytes]:
+    """Every figure that a sweep allows, by file name; what is not trained yet is left out of each.
+
+    Args:
+        losses: A sweep.
+        price: Nats per token that an extra loop must bring, to draw a line there.
+        seed: Of the bootstrap over documents.
+        forms: `png`, `svg` or both.
     """
     memories = [str(name) for name in losses.data["memory"].values]
     missing = left_out_of_sweep(losses)
@@ -348,8 +361,7 @@ def draw_sweep(
             parts = figure.subfigures(len(memories), 1, squeeze=False).ravel()
             for part, memory in zip(parts, memories, strict=True):
                 losses_over_training(losses, memory=memory, seed=seed, figure=part)
-        contents = {f"{name}.{form}": rendered(figure, form) for name, figure in figures.items() for form in METADATA}
-    return write_all(Path(folder), contents)
+        return {f"{name}.{form}": rendered(figure, form) for name, figure in figures.items() for form in forms}
 
 
 def _new(width: float, height: float) -> Figure:

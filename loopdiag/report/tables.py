@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.measures.definitions import DEFINITIONS, is_by_loop
+from loopdiag.scores import ProbeScores, ScoreRow
 from loopdiag.summary import ByLoop, Estimate, by_loop, exit_trade_off, has_shares, labels, refinement_shares
 
 _BY_LOOP = ("mean", "low", "high", "extrapolated", "below_noise")
@@ -30,6 +32,20 @@ def tables(diagnoses: Sequence[Diagnosis]) -> dict[str, bytes]:
         "exit_rules.csv": (("model", "rule", "threshold", *ends, "published", "chosen"), list(_rules(named))),
     }
     return {name: _csv(header, rows) for name, (header, rows) in found.items() if rows}
+
+
+def probe_table(scores: ProbeScores) -> bytes:
+    """What probes read, by target, hook and loop, as a CSV file in the columns of a `ScoreRow`."""
+    about = scores.provenance
+    names = [field.name for field in fields(ScoreRow)]
+    rows = []
+    for row in scores.table():
+        values = [getattr(row, name) for name in names]
+        cells = [_yes(value) if isinstance(value, bool) else value for value in values]
+        rows.append([_number(cell) if isinstance(cell, float) else cell for cell in cells])
+    return _csv(
+        ("model", "suite", "unit", *names), ([about["model"], about["suite"], about["unit"], *row] for row in rows)
+    )
 
 
 def _measures(named: Iterable[tuple[str, Diagnosis]]) -> Iterator[list[Any]]:

@@ -1,0 +1,347 @@
+"""One self-contained HTML page of saved results."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+
+from loopdiag import __version__, plots
+from loopdiag.bootstrap import DRAWS
+from loopdiag.diagnosis import Diagnosis
+from loopdiag.gaincost import (
+    Decomposition,
+    GainCost,
+    Recommendation,
+    TrainingRecommendation,
+    decompose,
+    gain_cost,
+    recommend,
+    recommend_training,
+)
+from loopdiag.gaincost.rule import PRICE, describe
+from loopdiag.interventions import CAVEAT, Effects
+from loopdiag.interventions.effects import Effect
+from loopdiag.losses import SweepError, SweepLosses
+from loopdiag.measures.definitions import DEFINITIONS, GROUPS
+from loopdiag.report.inline import inline
+from loopdiag.report.lenses import BESIDE, LENSES, class_rows, every_loop, interval, motions, number, present, rows
+from loopdiag.report.shown import LARGE, SMALL, shown_documents
+from loopdiag.summary import Estimate, labels
+
+# Of the figures, for those who do not see them and above them.
+TITLES = {
+    "gain_cost": "Gain, cost and net gain of each loop",
+    "predictions": "What each exit predicts",
+    "shares": "Each loop's share of what all loops after the first do",
+    "readability": "Exit NLL as it is and through a fitted translator",
+    "hidden_states": "How far and which way each loop moves the state",
+    "shift_against_offset": "Output shift and offset distance",
+    "similarity": "Likeness of the states of every two loops (CKA)",
+    "rarefaction": "Effective rank of the first tokens of a document",
+    "attention": "Attention: entropy, and change from the loop before",
+    "gate": "Weight of the global attention branch",
+    "heads": "Likeness of the heads",
+    "exit_rules": "Rules for leaving token by token",
+    "measured_gain_cost": "Gain, rise of the tax and net of each loop count",
+    "trained_losses": "Held-out loss of each loop count",
+    "losses_over_training": "Losses while training",
+}
+# A colour and a line for each kind of change, so that either is enough.
+_MARKS = {
+    "h": ("help", "2px solid var(--help-line)"),
+    "H": ("help-much", "4px double var(--help-line)"),
+    "b": ("harm", "2px dotted var(--harm-line)"),
+    "B": ("harm-much", "3px dashed var(--harm-line)"),
+}
+SVG: dict[Any, Any] = {"svg.fonttype": "none"}  # text stays text: it is found, read aloud, and small
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the page says of one diagnosis.
+
+    Attributes:
+        name: As `summary.labels` tells it from the others.
+        about: Its provenance.
+        curve, recommendation: None where it has no finite exit NLL.
+        why: Why it has no recommendation.
+    """
+
+    name: str
+    diagnosis: Diagnosis
+    about: dict[str, Any]
+    curve: GainCost | None
+    recommendation: Recommendation | None
+    why: str
+
+
+def page(
+    diagnoses: Sequence[Diagnosis] = (),
+    effects: Sequence[Effects] = (),
+    sweeps: Sequence[SweepLosses] = (),
+    *,
+    price: float = PRICE,
+    seed: int = 0,
+) -> str:
+    """The page: self-contained, and the same for the same results.
+
+    Args:
+        diagnoses: Of one model, or of several to show side by side.
+        effects: Of interventions.
+        sweeps: Of matched models.
+        price: Nats per token that an extra loop must bring, >= 0.
+        seed: Of the bootstrap.
+
+    Raises:
+        DiagnosisError: Two diagnoses are of the same model and run.
+        ValueError: `price` is negative or not finite, or there is nothing to show.
+    """
+    if not (diagnoses or effects or sweeps):
+        raise ValueError("page: there is nothing to show: give a diagnosis, effects of interventions, or a sweep.")
+    models = [
+        _model(name, diagnosis, price, seed) for name, diagnosis in zip(labels(diagnoses), diagnoses, strict=True)
+    ]
+    loops = every_loop(diagnoses)
+    style = _asset("page.css") + "\n" + _loop_rules(loops)
+    script = _asset("page.js")
+    with matplotlib.rc_context(SVG):
+        drawn = plots.pictures(diagnoses, [model.recommendation for model in models], ["svg"]) if diagnoses else {}
+        told = [_sweep(losses, place, price, seed) for place, losses in enumerate(sweeps)]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": number, "config": _config}
+    return environment.from_string(_asset("page.html")).render(
+        title=_title([model.name for model in models], effects, sweeps),
+        policy=_policy(style, script),
+        style=style,
+        script=script,
+        version=__version__,
+        price=price,
+        seed=seed,
+        draws=DRAWS,
+        models=models,
+        loops=loops,
+        trained=sorted({model.about["trained_loops"] for model in models}),
+        reason=_reason,
+        evidence=_evidence,
+        describe=describe,
+        figures=_inlined(drawn, "f"),
+        left_out=plots.left_out(diagnoses) if diagnoses else {},
+        titles=TITLES,
+        caveats=caveats(diagnoses),
+        lenses=[(lens, rows(lens, diagnoses, seed)) for lens in LENSES],
+        classes=[(model, each) for model in models if (each := class_rows(model.diagnosis, seed))],
+        motions=[(model.name, said) for model in models if (said := motions(model.diagnosis))],
+        shown=[(model, each) for model in models if (each := shown_documents(model.diagnosis))],
+        small=SMALL,
+        large=LARGE,
+        missing=[(model.name, *_missing(model.about)) for model in models],
+        effects=[(each.provenance, _effects(each, seed), each.data["nll"].mean().item()) for each in effects],
+        effects_caveat=CAVEAT,
+        interval=interval,
+        abouts=_abouts(models, effects, sweeps),
+        sweeps=told,
+        definitions={name: (*DEFINITIONS[name], BESIDE.get(name, "")) for name in present(diagnoses)},
+        defined=DEFINITIONS,
+    )
+
+
+def recommendation(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> Recommendation | None:
+    """What a diagnosis recommends; None where there is no finite NLL to recommend from."""
+    readable = "nll_exit" in diagnosis.data and np.isfinite(diagnosis.data["nll_exit"].sel(loop=diagnosis.loops)).all()
+    return recommend(diagnosis, price, seed=seed) if readable else None
+
+
+def caveats(diagnoses: Sequence[Diagnosis]) -> list[str]:
+    """What makes several diagnoses hard to compare."""
+    if len({diagnosis.provenance["corpus_sha256"] for diagnosis in diagnoses}) > 1:
+        return ["the diagnoses are of different documents: lines in one figure differ by them, too"]
+    if len({(diagnosis.provenance["tokens"], diagnosis.provenance["max_tokens"]) for diagnosis in diagnoses}) > 1:
+        return ["the diagnoses read the documents in different tokens: nats per token do not compare"]
+    return []
+
+
+def _model(name: str, diagnosis: Diagnosis, price: float, seed: int) -> Model:
+    about, answer = diagnosis.provenance, recommendation(diagnosis, price, seed=seed)
+    if answer is not None:
+        return Model(name, diagnosis, about, gain_cost(diagnosis, seed=seed), answer, "")
+    absent = about["absent"].get("nll_exit", "the exit NLL of a loop is not finite")
+    return Model(name, diagnosis, about, None, None, absent)
+
+
+def _title(names: Sequence[str], effects: Sequence[Effects], sweeps: Sequence[SweepLosses]) -> str:
+    told = [
+        *names,
+        *(each.provenance["model"] for each in effects),
+        *(f"sweep on {each.provenance['data']}" for each in sweeps),
+    ]
+    return ", ".join(dict.fromkeys(told))
+
+
+def _abouts(
+    models: Sequence[Model], effects: Sequence[Effects], sweeps: Sequence[SweepLosses]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The provenance of everything that is shown."""
+    return [
+        *((f"Diagnosis of {model.name}", model.about) for model in models),
+        *((f"Interventions on {each.provenance['model']}", each.provenance) for each in effects),
+        *((f"Sweep on {each.provenance['data']}", each.provenance) for each in sweeps),
+    ]
+
+
+def _reason(model: Model) -> list[str]:
+    """The numbers that decide, in words: what the pick's last loop brings, and what the next would."""
+    curve, answer = model.curve, model.recommendation
+    assert curve is not None and answer is not None
+    place = curve.loop.tolist().index(answer.pick)
+    return [
+        _brings(curve, each, answer.price, taken)
+        for each, taken in ((place, True), (place + 1, False))
+        if 1 <= each < len(curve.loop)
+    ]
+
+
+def _brings(curve: GainCost, place: int, price: float, taken: bool) -> str:
+    before, loop = int(curve.loop[place - 1]), int(curve.loop[place])
+    which = f"Loop {loop}" if loop == before + 1 else f"Loops {before + 1} to {loop}"
+    nets = "nets" if loop == before + 1 else "net"
+    would = nets if taken else "would net"
+    ends = interval(curve.net.low[place], curve.net.high[place])
+    said = f"{which} {would} {number(curve.net.mean[place])} nats per token" + (f" (95 %: {ends})" if ends else "")
+    return f"{said}, at a price of {price * (loop - before):g}."
+
+
+def _evidence(model: Model) -> Iterator[dict[str, Any]]:
+    """The rows of the table under the verdict."""
+    curve, answer = model.curve, model.recommendation
+    assert curve is not None and answer is not None
+    for place, loop in enumerate(curve.loop.tolist()):
+        yield {
+            "loop": loop,
+            "beyond": loop > curve.trained_loops,
+            "picked": loop == answer.recommended_loops,
+            "cells": [_with_interval(each, place) for each in (curve.nll_exit, curve.gain, curve.cost, curve.net)],
+            "ratio": number(curve.cost_over_gain[place]),
+            "support": answer.support[loop],
+        }
+
+
+def _with_interval(estimate: Estimate, place: int) -> tuple[str, str]:
+    return number(estimate.mean[place]), interval(estimate.low[place], estimate.high[place])
+
+
+def _missing(about: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Groups that were not asked for, and what is absent for each other reason."""
+    groups = [group for group in GROUPS if group not in about["measures"]]
+    reasons: dict[str, list[str]] = {}
+    for name, why in about["absent"].items():
+        if not why.endswith("was not asked for"):
+            reasons.setdefault(why, []).append(name)
+    return groups, reasons
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An effect of an intervention with where it stands between the smallest and the largest of all, 0 to 100."""
+
+    row: Effect
+    low: float
+    mean: float
+    high: float
+
+
+def _effects(effects: Effects, seed: int) -> tuple[list[Drawn], float]:
+    """Every effect, and where zero stands."""
+    table = effects.table(seed)
+    ends = [0.0, *(value for row in table for value in (row.low, row.effect, row.high) if np.isfinite(value))]
+    least, span = min(ends), (max(ends) - min(ends)) or 1.0
+
+    def at(value: float, other: float) -> float:
+        return round(100 * ((value if np.isfinite(value) else other) - least) / span, 2)
+
+    drawn = [Drawn(row, at(row.low, row.effect), at(row.effect, 0.0), at(row.high, row.effect)) for row in table]
+    return drawn, at(0.0, 0.0)
+
+
+def _sweep(losses: SweepLosses, place: int, price: float, seed: int) -> dict[str, Any]:
+    """What the page says of a sweep."""
+    answers: list[TrainingRecommendation] = []
+    unfinished: list[str] = []
+    for memory in losses.data["memory"].values:
+        for offset in losses.data["offset"].values:
+            try:
+                answers.append(recommend_training(losses, price, offset=int(offset), memory=str(memory), seed=seed))
+            except SweepError as error:
+                unfinished.append(str(error))
+    return {
+        "said": repr(losses),
+        "about": losses.provenance,
+        "answers": answers,
+        "unfinished": unfinished,
+        "parts": list(_decomposed(losses, seed)),
+        "figures": _inlined(plots.pictures_of_sweep(losses, price=price, seed=seed, forms=["svg"]), f"s{place}"),
+        "left_out": plots.left_out_of_sweep(losses),
+    }
+
+
+def _decomposed(losses: SweepLosses, seed: int) -> Iterator[Decomposition]:
+    if losses.data.sizes["offset"] > 1:
+        for memory in losses.data["memory"].values:
+            yield decompose(losses, str(memory), seed=seed)
+
+
+def _inlined(drawn: dict[str, bytes], prefix: str) -> dict[str, str]:
+    names = [file.removesuffix(".svg") for file in drawn]
+    return {name: inline(drawn[f"{name}.svg"], f"{prefix}-{name}", TITLES[name]) for name in names}
+
+
+def _config(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """Provenance as lines: nested settings by dotted names, lists and the like as JSON."""
+    lines = []
+    for key, value in about.items():
+        if key == "absent":  # told apart
+            continue
+        if isinstance(value, dict):
+            lines += [(f"{key}.{name}", line) for name, line in _config(value)]
+        else:
+            lines.append((key, value if isinstance(value, str) else json.dumps(value)))
+    return lines
+
+
+def _asset(name: str) -> str:
+    return (resources.files("loopdiag.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing is loaded, and nothing runs but the page's own style and script."""
+
+    def known(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; style-src {known(style)}; script-src {known(script)}; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+def _loop_rules(loops: Sequence[int]) -> str:
+    """Which colours a chosen loop shows; a rule for each, since the choice needs no script."""
+    lines = []
+    for loop in loops:
+        chosen = f".tokens:has(.loop{loop}:checked)"
+        lines += [
+            f"{chosen} .{kind}{loop} {{ background: var(--{colour}); border-bottom: {line}; }}"
+            for kind, (colour, line) in _MARKS.items()
+        ]
+        lines.append(f"{chosen} .at{loop} {{ display: block; }}")
+    return "\n".join(lines)
