@@ -82,6 +82,11 @@ def documents(model: LoopedLM, name: str, count: int) -> Corpus:
     return Corpus("random", (), tuple(Document(text, f"d{i}", f"d{i}") for i, text in enumerate(texts)))
 
 
+def as_ids(model: LoopedLM, corpus: Corpus, max_tokens: int) -> list[list[int]]:
+    """The documents as token ids."""
+    return [document.input_ids for document in tokenize(corpus.report, model.tokenizer, max_tokens)]
+
+
 def seconds(run: Callable[[], object]) -> tuple[float, float]:
     """On the wall, and on the processor."""
     starts = time.perf_counter(), time.process_time()
