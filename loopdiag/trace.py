@@ -67,7 +67,8 @@ class LoopTrace:
 
     def __repr__(self) -> str:
         documents, pos, d_model = self.raw.shape[1:]
-        return f"LoopTrace of {self.n_loops} loops: {documents} documents of up to {pos} tokens, width {d_model}"
+        counted = f"{documents} document{'s' if documents > 1 else ''}"
+        return f"LoopTrace of {self.n_loops} loops: {counted} of up to {pos} tokens, width {d_model}"
 
     def _repr_html_(self) -> str:
         rows = [
@@ -143,6 +144,18 @@ class LoopTrace:
 
         Raises:
             ValueError: States that are no tensors, a negative offset, shapes that do not belong together, or no loop.
+
+        Example:
+            One token in a plane: loop 1 moves it up by 1, loop 2 by 2 more.
+
+            >>> import torch
+            >>> embed = torch.tensor([[[1.0, 0.0]]])  # [document, pos, d_model]
+            >>> trace = LoopTrace.from_states(embed, [torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[1.0, 3.0]]])])
+            >>> trace
+            LoopTrace of 2 loops: 1 documents of up to 1 tokens, width 2
+            >>> from loopdiag.measures.motion import step_size
+            >>> step_size(trace)  # [document, loop]; loop 0 has none
+            tensor([[nan, 1., 2.]])
         """
         if not isinstance(offset, int) or offset < 0:
             raise ValueError(f"offset = {offset!r} is not allowed: it must be an integer >= 0.")
@@ -255,6 +268,14 @@ def record(
         ValueError: `n_loops` below 1, `at` that does not rise from 1 to it, or a model whose loops are wired otherwise
             than its configuration says.
         CorpusError: A text without a token, or a model without a tokenizer to read it.
+
+    Example:
+        >>> from loopdiag.model import load
+        >>> trace = record(load("tiny-plt-4"), "x = 1", n_loops=6)
+        >>> trace
+        LoopTrace of 6 loops: 1 documents of up to 4 tokens, width 128
+        >>> list(trace.raw.shape)  # loop, document, pos, d_model; loop 0 is the embedding
+        [7, 1, 4, 128]
     """
     cfg = model.cfg
     if model.wiring.rewired:

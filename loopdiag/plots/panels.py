@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
@@ -22,7 +21,6 @@ from loopdiag.plots.parts import (
     GREY,
     NOISE,
     PAGE,
-    PAPER,
     SHADE,
     Style,
     figure_legend,
@@ -32,6 +30,7 @@ from loopdiag.plots.parts import (
     log_axis,
     loop_axis,
     message,
+    paper,
     short,
 )
 from loopdiag.summary import ByLoop, by_loop, labels
@@ -96,7 +95,7 @@ def canvas(figure: FigureBase | None, rows: int) -> Iterator[FigureBase]:
     if figure is not None:
         yield figure
         return
-    with matplotlib.rc_context(PAPER):
+    with paper():
         yield plt.figure(figsize=(PAGE[0], height(rows)), layout="constrained")
 
 

@@ -48,13 +48,25 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 @contextmanager
-def single(ax: Axes | None) -> Iterator[Axes]:
-    """The given axes in the caller's style, or new ones as wide as a column in the paper's."""
+def paper() -> Iterator[None]:
+    """The paper's style, for figures made through pyplot.
+
+    pyplot starts its backend at the first figure, and what the backend sets then (in a notebook, to show every figure)
+    would be undone with the style. So it is started before.
+    """
+    plt.draw_if_interactive()
+    with matplotlib.rc_context(PAPER):
+        yield
+
+
+@contextmanager
+def single(ax: Axes | None, size: tuple[float, float] = COLUMN) -> Iterator[Axes]:
+    """The given axes in the caller's style, or new ones in the paper's; of so many inches, a column of a paper."""
     if ax is not None:
         yield ax
         return
-    with matplotlib.rc_context(PAPER):
-        yield plt.subplots(figsize=COLUMN, layout="constrained")[1]
+    with paper():
+        yield plt.subplots(figsize=size, layout="constrained")[1]
 
 
 def line(ax: Axes, curve: ByLoop, *, shaded: bool = True, dodge: float = 0.0, **style: Any) -> None:

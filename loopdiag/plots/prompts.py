@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
 from matplotlib.axes import Axes
@@ -15,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from loopdiag.measures.tokens import TokenExits
 from loopdiag.measures.trajectories import Trajectories
-from loopdiag.plots.parts import BLUE, COLUMN, GREY, ORANGE, PAPER, Style, legend, note
+from loopdiag.plots.parts import BLUE, COLUMN, GREY, ORANGE, Style, legend, note, single
 
 MOST_TOKENS = 24  # that fit beside each other
 LONGEST_TOKEN = 9  # characters of a label, and of a cell
@@ -56,7 +53,7 @@ def logit_lens(
     places = _places(exits, tokens)
     rows = np.array([row for row, loop in enumerate(exits.loops) if loop > 0 or start])
     nll = exits.nll.numpy()[rows][:, places]
-    with _wide(ax, len(places), 1.1 + 0.3 * len(rows)) as ax:
+    with single(ax, _for_tokens(len(places), 1.1 + 0.3 * len(rows))) as ax:
         image = ax.pcolormesh(nll, cmap="cividis_r", vmin=0, vmax=np.nanmax(nll), edgecolors="white", linewidth=0.5)
         for row, column in np.ndindex(*nll.shape):
             guess = exits.top[rows[row]][places[column]]
@@ -92,7 +89,7 @@ def changes(exits: TokenExits, loop: int, *, tokens: Sequence[int] | None = None
     places, after = _places(exits, tokens), exits.loops.index(loop)
     before = after - 1
     change = (exits.nll[after] - exits.nll[before]).numpy()[places]
-    with _wide(ax, len(places), 3.0) as ax:
+    with single(ax, _for_tokens(len(places), 3.0)) as ax:
         ax.bar(np.arange(len(places)), change, color=[ORANGE if each > 0 else BLUE for each in change], width=0.8)
         ax.axhline(0, color=GREY, linewidth=0.6)
         ax.margins(x=0.01)
@@ -128,9 +125,7 @@ def trajectories(paths: Trajectories, text: Sequence[str], *, ax: Axes | None = 
         ValueError: Paths of tokens that the text does not have.
     """
     _checked(np.array(paths.tokens), 0, len(text))
-    with matplotlib.rc_context(PAPER if ax is None else {}):
-        if ax is None:
-            ax = plt.subplots(figsize=(COLUMN[0] * 1.4, COLUMN[1] * 1.3), layout="constrained")[1]
+    with single(ax, (COLUMN[0] * 1.4, COLUMN[1] * 1.3)) as ax:
         for column, (place, colour) in enumerate(
             zip(paths.tokens, seaborn.color_palette("husl", len(paths.tokens)), strict=True)
         ):
@@ -164,15 +159,9 @@ def _checked(places: np.ndarray, first: int, count: int) -> np.ndarray:
     return places
 
 
-@contextmanager
-def _wide(ax: Axes | None, columns: int, height: float) -> Iterator[Axes]:
-    """The given axes in the caller's style, or new ones in the paper's, with room for a column for each token."""
-    if ax is not None:
-        yield ax
-        return
-    with matplotlib.rc_context(PAPER):
-        size = (max(COLUMN[0], 1.6 + 0.42 * columns), height)
-        yield plt.subplots(figsize=size, layout="constrained")[1]
+def _for_tokens(count: int, height: float) -> tuple[float, float]:
+    """Size of a figure with a column for each token, in inches."""
+    return max(COLUMN[0], 1.6 + 0.42 * count), height
 
 
 def _token_axis(ax: Axes, exits: TokenExits, places: np.ndarray, middle: float) -> None:
