@@ -152,7 +152,7 @@ class LoopTrace:
             >>> embed = torch.tensor([[[1.0, 0.0]]])  # [document, pos, d_model]
             >>> trace = LoopTrace.from_states(embed, [torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[1.0, 3.0]]])])
             >>> trace
-            LoopTrace of 2 loops: 1 documents of up to 1 tokens, width 2
+            LoopTrace of 2 loops: 1 document of up to 1 tokens, width 2
             >>> from loopdiag.measures.motion import step_size
             >>> step_size(trace)  # [document, loop]; loop 0 has none
             tensor([[nan, 1., 2.]])
@@ -273,7 +273,7 @@ def record(
         >>> from loopdiag.model import load
         >>> trace = record(load("tiny-plt-4"), "x = 1", n_loops=6)
         >>> trace
-        LoopTrace of 6 loops: 1 documents of up to 4 tokens, width 128
+        LoopTrace of 6 loops: 1 document of up to 4 tokens, width 128
         >>> list(trace.raw.shape)  # loop, document, pos, d_model; loop 0 is the embedding
         [7, 1, 4, 128]
     """
