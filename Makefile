@@ -7,18 +7,21 @@ DEV := $(VENV)/.installed-dev
 # "The data cannot tell" (exit code 3) is an answer, not a failure of make.
 UNDETERMINED_IS_FINE := || [ $$? -eq 3 ]
 
-.PHONY: demo test test-all lint docs figures saved emergence family families findings bench clean
+.PHONY: demo test test-all lint docs notebooks notebooks-run figures saved emergence family families findings probes bench clean
 
 demo: $(BASE)  ## answer the question on the bundled model and documents
 	mkdir -p build/demo
 	$(BIN)/loopdiag recommend --figures build/demo/figures --json build/demo/answer.json \
 		--save build/demo/diagnosis.nc $(UNDETERMINED_IS_FINE)
 
-test: $(DEV)  ## the fast tests
-	$(BIN)/python -m pytest
+# Notebooks run as tests, too; each has three minutes.
+NOTEBOOK_TESTS := --nbmake --nbmake-timeout=180
 
-test-all: $(DEV)  ## every test
-	$(BIN)/python -m pytest -m ""
+test: $(DEV)  ## the fast tests, and the first notebook
+	$(BIN)/python -m pytest $(NOTEBOOK_TESTS) tests notebooks/01_first_look.ipynb
+
+test-all: $(DEV)  ## every test and notebook
+	$(BIN)/python -m pytest -m "" $(NOTEBOOK_TESTS) tests notebooks
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -28,6 +31,14 @@ lint: $(DEV)
 docs: $(DEV)  ## build the documentation in build/docs/html; a warning is an error
 	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --nitpicky --quiet \
 		-d build/docs/doctrees docs build/docs/html
+
+notebooks: $(DEV)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+notebooks-run: $(DEV)  ## run the notebooks again in place, as they are committed: no times, no versions
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+		--ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.preserve_nb_metadata_mask="{'kernelspec'}" notebooks/*.ipynb
 
 # What the figures need beyond the default measures.
 MEASURES := default,heads,rarefaction,pooled,fixed_point,noise,exit_rules
@@ -60,6 +71,13 @@ families: $(DEV)  ## train the backtest's families (eight hours on two cores; go
 
 findings: $(DEV)  ## write docs/findings.md and draw figures/sweeps from what the families were measured to be
 	$(BIN)/python benchmarks/findings.py
+
+probes: $(BASE)  ## probe two of the bundled models: every result in probes/ (ten minutes on one core)
+	for suite in position_identity code_structure lookahead carried_information; do \
+		for model in tiny-plt-4 tiny-plt-2; do \
+			OMP_NUM_THREADS=1 $(BIN)/loopdiag probe $$suite $$model --figures probes/$$suite --quiet || exit 1; \
+		done; \
+	done
 
 bench: $(BASE)  ## cost of the hook points and of measuring, memory of loading
 	$(BIN)/python benchmarks/hook_overhead.py

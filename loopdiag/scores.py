@@ -35,13 +35,16 @@ class ScoreRow:
         extrapolated: Whether the loop is beyond those that the model was trained with.
         score: Accuracy from 0 to 1, or information in nats per token: mean over documents.
         score_low, score_high: 95 % interval over documents, clustered by source.
-        change: Of the score, from the loop before; with its interval, which is paired.
+        change: Of the accuracy, from the loop before; with its interval, which is paired. None of information, whose
+            labels are others in every loop.
         control: Score of the same probe on the control task.
         selectivity: Score less control; with its interval, which is paired.
         floor: Score on the same architecture with random weights.
         nll: Held-out loss of the probe, in nats per token.
         baseline: Accuracy of always saying the most frequent class of the `fit` documents; none of information.
-        baseline_nll: Loss of the probe without the state: of the classes' frequencies, or of the embeddings alone.
+        baseline_nll: Loss of the probe without the state: of the classes' frequencies, or of the embeddings alone, the
+            most that there is to inform of.
+        floor_baseline_nll: The latter with random weights, whose clusters are others.
     """
 
     target: str
@@ -62,6 +65,7 @@ class ScoreRow:
     nll: float
     baseline: float
     baseline_nll: float
+    floor_baseline_nll: float
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,11 @@ class ProbeScores(Result):
     Attributes:
         data: By `target, hook, loop, document`: `score`, `control` and `floor` (accuracy, or information in nats per
             token), and the losses `nll`, `control_nll` and `floor_nll`, in nats per token; NaN where a loop lacks the
-            hook or a document has no place with a label. By `target, loop, document` the loss without the state,
-            `baseline_nll`, and of accuracies that of the most frequent class, `baseline`. By `target, hook, loop` the
-            chosen regularisation `C`, `control_C` and `floor_C`, scikit-learn's inverse strength. Loop 0 is the
-            embedding, the same for every hook. The coordinate `source` gives each document's cluster.
+            hook or a document has no place with a label. By `target, loop, document`: the loss without the state,
+            `baseline_nll`; of accuracies also that of the most frequent class, `baseline`; of information the loss
+            without the state on random weights, `floor_baseline_nll`. By `target, hook, loop`: the chosen
+            regularisation `C`, `control_C` and `floor_C`, scikit-learn's inverse strength. Loop 0 is the embedding, the
+            same for every hook. The coordinate `source` gives each document's cluster.
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "scores of probes", "loopdiag probe --save", SCHEMA, ScoresError
@@ -114,12 +119,14 @@ class ProbeScores(Result):
         """
         data, trained = self.data, self.provenance["trained_loops"]
         score = data["score"]
+        informs = self.provenance["unit"] == "information"
+        before = score.shift(loop=1).where(not informs)
         found = {
             "score": estimate(score, seed=seed),
-            "change": estimate(score - score.shift(loop=1), seed=seed),
+            "change": estimate(score - before, seed=seed),
             "selectivity": estimate(score - data["control"], seed=seed),
         }
-        names = ("control", "floor", "nll", "baseline", "baseline_nll")
+        names = ("control", "floor", "nll", "baseline", "baseline_nll", "floor_baseline_nll")
         nowhere = np.full(score.shape[:-1], np.nan)
         means = {name: _mean(data[name], score) if name in data else nowhere for name in names}
         rows = []

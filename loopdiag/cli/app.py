@@ -55,6 +55,7 @@ from loopdiag.cli.output import (
     stdout,
     tell,
 )
+from loopdiag.cli.probes import probe as run_probe
 from loopdiag.cli.runs import SWEEP, Checkpoint, Run
 from loopdiag.cli.sweep import recommend_from_sweep
 from loopdiag.cli.sweep import sweep as run_sweep
@@ -70,6 +71,7 @@ app = typer.Typer(
 )
 app.command(name="figures")(draw_figures)
 app.command(name="sweep")(run_sweep)
+app.command(name="probe")(run_probe)
 
 
 @app.command()

@@ -15,6 +15,8 @@ LARGEST_SEED = 2**32 - 1
 DEFAULT_MODEL, BUNDLED_DATA = "tiny-plt-4", "bundled"
 # Those of `loopdiag.interventions`, which would load torch.
 INTERVENTIONS = ("offset", "carry", "loops", "gate", "window", "memory")
+# Those of `loopdiag.probing`, likewise.
+SUITES = ("position_identity", "code_structure", "lookahead", "carried_information")
 
 
 class Device(StrEnum):

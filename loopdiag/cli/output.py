@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loopdiag.gaincost import Recommendation
     from loopdiag.interventions import Effects
     from loopdiag.model import LoopedConfig
+    from loopdiag.scores import ProbeScores
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -121,7 +122,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | Non
         yield tell
 
 
-def print_notes(result: Diagnosis | Effects) -> None:
+def print_notes(result: Diagnosis | Effects | ProbeScores) -> None:
     """What happened to the documents, on stderr."""
     about = result.provenance
     if about["documents_cut"]:

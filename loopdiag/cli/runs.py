@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loopdiag.interventions import Effects
     from loopdiag.losses import SweepLosses
     from loopdiag.model import LoopedLM
+    from loopdiag.scores import ProbeScores
 
 SWEEP, SWEEP_SETTINGS = "sweep.nc", "sweep.json"  # those of `loopdiag.sweep`, which would load torch
 
@@ -139,6 +140,32 @@ class Run:
         if not self.quiet:
             print_notes(measured)
         return measured
+
+    def probed(self, suite: str, hooks: Sequence[str] | None, places: int, classes: int) -> ProbeScores:
+        """Run a suite of probes; everything that can be wrong is found before the model runs."""
+        self._check()
+        text = self._corpus()
+        net = self.checkpoint.load(self.loops, self.quiet)
+
+        from loopdiag.probing import HOOKS, probe
+
+        with progress_bars(self.quiet) as progress:
+            scores = probe(
+                net,
+                text,
+                suite,
+                hooks=hooks or HOOKS,
+                n_loops=self.loops,
+                places=places,
+                classes=classes,
+                max_tokens=self.max_tokens,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=progress,
+            )
+        if not self.quiet:
+            print_notes(scores)
+        return scores
 
     def _check(self) -> None:
         in_range("--documents", self.documents, 16)

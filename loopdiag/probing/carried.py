@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from loopdiag.probing.examples import Examples, Read
 from loopdiag.probing.reading import BothPlaces, Pair, moved, together
-from loopdiag.probing.runs import BASELINE, CONTROL, SCORE, Found, Run
+from loopdiag.probing.runs import BASELINE, CONTROL, FLOOR_BASELINE, SCORE, Found, Run
 from loopdiag.probing.states import EMBEDDING
 
 CLUSTERS = 32
@@ -95,8 +95,8 @@ def read_carried(run: Run, places: BothPlaces, sources: np.ndarray, whose: dict[
                 examples = Examples(places, clusters(states.at(handed, there)), sources, clusters.count)
                 given = examples.probe(known)
                 run.count("probing", of=of)
-                if kind == SCORE:
-                    yield Found(BASELINE, name, None, loop, None, given.nll, given.C)
+                alone = BASELINE if kind == SCORE else FLOOR_BASELINE
+                yield Found(alone, name, None, loop, None, given.nll, given.C)
                 for hook in (hook for hook, at in points if at == loop):
                     x = states.at((hook, loop), places)
                     asked = {kind: x} | ({CONTROL: dealt(x, run.seed)} if kind == SCORE else {})

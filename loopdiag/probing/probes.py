@@ -17,7 +17,7 @@ from loopdiag.probing.examples import draw_examples, sources_of
 from loopdiag.probing.labels import read_labels
 from loopdiag.probing.linear import FOLDS, STRENGTHS
 from loopdiag.probing.reading import Halves, Pair, Reading, draw_places, read
-from loopdiag.probing.runs import BASELINE, CONTROL, FLOOR, SCORE, Found, Run
+from loopdiag.probing.runs import BASELINE, CONTROL, FLOOR, FLOOR_BASELINE, SCORE, Found, Run
 from loopdiag.probing.states import points_of
 from loopdiag.probing.suites import SUITES, Target
 from loopdiag.results import about_machine, about_model
@@ -185,7 +185,7 @@ def _dataset(
             "hook": slice(None) if each.hook is None else hooks.index(each.hook),
             "loop": slice(None) if each.loop is None else loops.index(each.loop),
         }
-        if each.kind == BASELINE:
+        if each.kind in (BASELINE, FLOOR_BASELINE):
             del place["hook"]
         what, prefix = _MEANING[each.kind], "" if each.kind == SCORE else f"{each.kind}_"
         for name, values, dims, about in (
@@ -216,4 +216,5 @@ _MEANING = {
     CONTROL: "the same probe on the control task",
     FLOOR: "the same probe on random weights",
     BASELINE: "a reader without the state",
+    FLOOR_BASELINE: "a reader without the state, on random weights",
 }

@@ -13,7 +13,8 @@ from loopdiag.model.decoder import LoopedLM
 from loopdiag.probing.reading import BothPlaces, Halves
 from loopdiag.probing.states import Point, States, collect, untrained
 
-SCORE, CONTROL, FLOOR, BASELINE = "score", "control", "floor", "baseline"
+# The probe; on the control task; on random weights; without the state, and that on random weights.
+SCORE, CONTROL, FLOOR, BASELINE, FLOOR_BASELINE = "score", "control", "floor", "baseline", "floor_baseline"
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +22,7 @@ class Found:
     """What one probe gave.
 
     Attributes:
-        kind: `SCORE`, `CONTROL`, `FLOOR` or `BASELINE`.
+        kind: `SCORE`, `CONTROL`, `FLOOR`, `BASELINE` or `FLOOR_BASELINE`.
         target: Its name.
         hook: Where; None for every hook, and for what has none.
         loop: Where; None for every loop.
