@@ -197,6 +197,15 @@ def diagnose(
         ValueError: `n_loops` below 1, or `at` that does not rise from 1 to it.
         DiagnosisError: No tokenizer, `max_tokens` beyond the model, or a subset of the loops of a `ForeignModel`.
         InputError: An unknown group of measures.
+
+    Example:
+        >>> from loopdiag.corpus import bundled
+        >>> from loopdiag.model import load
+        >>> diagnosis = diagnose(load("tiny-plt-2"), bundled().take(16), measures=["motion"], max_tokens=32)
+        >>> diagnosis.data["step_size"].dims, diagnosis.loops
+        (('document', 'loop'), array([1, 2]))
+        >>> diagnosis.provenance["absent"]["nll_usable"]
+        'the group readouts was not asked for'
     """
     groups = chosen(measures)
     trained, _ = _made_for(model)

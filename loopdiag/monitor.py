@@ -105,12 +105,15 @@ def _look(
 class LoopMonitor(TrainerCallback):
     """Logs measures by loop on a few held-out documents while transformers' Trainer trains.
 
+    It is given to the Trainer::
+
         trainer = Trainer(..., callbacks=[LoopMonitor(documents, every=100)])
 
     Every look is an entry of its own in `trainer.state.log_history`, with `step`, `epoch` and the names of
     `loop_numbers`, so that checkpoints keep it. That is as far as a callback reaches: the Trainer hands its logs to the
     reporters (TensorBoard, Weights & Biases, ...) before it comes to other callbacks. A monitor that is attached
-    instead, after the Trainer was made, sends its looks through `Trainer.log`, and so to the reporters and the console:
+    instead, after the Trainer was made, sends its looks through `Trainer.log`, and so to the reporters and the
+    console::
 
         LoopMonitor(documents, every=100).attach(trainer)
 

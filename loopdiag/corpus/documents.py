@@ -107,6 +107,12 @@ def bundled() -> Corpus:
     """The held-out Python code that ships with loopdiag, split by package.
 
     No file of these packages was used to train the bundled models. Licences: `bundled/NOTICE.md`.
+
+    Example:
+        >>> bundled()
+        Corpus bundled: 120 documents to fit on, 115 to report on
+        >>> bundled().take(16)
+        Corpus bundled: 8 documents to fit on, 8 to report on
     """
     file = resources.files("loopdiag.corpus") / "bundled" / "documents.jsonl"
     halves: dict[str, list[Document]] = {"fit": [], "report": []}

@@ -61,7 +61,18 @@ class GainCost:
 
 
 def gain_cost(diagnosis: Diagnosis, *, seed: int = 0) -> GainCost:
-    """The gain-cost curve of a diagnosis; its intervals leave out the training seed."""
+    """The gain-cost curve of a diagnosis; its intervals leave out the training seed.
+
+    Example:
+        >>> from loopdiag.corpus import bundled
+        >>> from loopdiag.diagnosis import diagnose
+        >>> from loopdiag.model import load
+        >>> curve = gain_cost(diagnose(load("tiny-plt-2"), bundled().take(16), measures=["prediction"], max_tokens=32))
+        >>> curve.loop
+        array([1, 2])
+        >>> np.allclose(curve.net.mean, curve.gain.mean - curve.cost.mean)  # exact but for rounding
+        True
+    """
     diagnosis.require("nll_exit")
     nll = diagnosis.data["nll_exit"]
     data = diagnosis.data.sel(loop=diagnosis.loops)

@@ -73,6 +73,17 @@ def recommend(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> R
 
     Raises:
         ValueError: `price` is negative or not finite, or the NLL of a loop is not finite.
+
+    Example:
+        This model was trained with two loops, and its first exit is far off:
+
+        >>> from loopdiag.corpus import bundled
+        >>> from loopdiag.diagnosis import diagnose
+        >>> from loopdiag.model import load
+        >>> diagnosis = diagnose(load("tiny-plt-2"), bundled().take(32), measures=["prediction"], max_tokens=32)
+        >>> answer = recommend(diagnosis)
+        >>> answer.recommended_loops, answer.support
+        (2, {1: 0.0, 2: 1.0})
     """
     price = checked_price(price)
     diagnosis.require("nll_exit")

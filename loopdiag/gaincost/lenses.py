@@ -32,7 +32,14 @@ def rank_peak(effective_rank: PerLoop) -> int | None:
 
 
 def paper_rule(effective_rank: PerLoop) -> int | None:
-    """Loop on while effective rank rises, stop at its first fall (arXiv 2606.18023)."""
+    """Loop on while effective rank rises, stop at its first fall (arXiv 2606.18023).
+
+    Example:
+        The paper's own values (loop 1 put below them), and undefined at loop 0:
+
+        >>> paper_rule(np.array([np.nan, 150.0, 174.6, 172.5, 158.2]))
+        2
+    """
     known = [loop for loop in range(1, len(effective_rank)) if not np.isnan(effective_rank[loop])]
     for loop, following in pairwise(known):
         if effective_rank[following] < effective_rank[loop]:

@@ -124,6 +124,14 @@ def skip_loop(model: LoopedLM, loop: int) -> Block:
     Raises:
         ValueError: `loop` is below 2 (loop 1 is what the others build on) or unknown; within the block, a run that
             does not reach it.
+
+    Example:
+        >>> from loopdiag.model import load
+        >>> model, ids = load("tiny-plt-4"), torch.tensor([[5, 6, 7]])
+        >>> with skip_loop(model, 2):
+        ...     skipped = model(ids)
+        >>> torch.equal(skipped, model(ids, n_loops=3))
+        True
     """
     loop = _one_loop(model, loop)
     return _reordered(model, (loop,), lambda order: [name for name in order if name != loop])

@@ -24,6 +24,12 @@ def effective_rank(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "
 
     Source: Roy and Vetterli (2007), as in arXiv 2606.18023. Singular values, not their squares; papers that square
     them report a smaller number.
+
+    Example:
+        Four tokens, each in a direction of its own, and four that are all the same:
+
+        >>> round(effective_rank(torch.eye(4)).item(), 6), round(effective_rank(torch.ones(4, 3)).item(), 6)
+        (4.0, 1.0)
     """
     return _spread(_singular_values("effective_rank", h))
 

@@ -86,6 +86,14 @@ def cos_update(trace: LoopTrace) -> PerLoop:
     `cos_reference`: a negative value alone is no oscillation.
 
     Source: arXiv 2606.18023, angular change.
+
+    Example:
+        One token: up, on in the same direction, and half of the way back.
+
+        >>> import torch
+        >>> states = [torch.tensor([[[1.0, height]]]) for height in (0.0, 1.0, 3.0, 2.0)]
+        >>> cos_update(LoopTrace.from_states(states[0], states[1:]))
+        tensor([[nan, nan,  1., -1.]])
     """
     y = at_least_float32(trace.raw)
     return _turn(y[:-2], y[1:-1], y[2:], trace.mask)

@@ -46,6 +46,20 @@ def exits(trace: LoopTrace) -> dict[str, PerLoop]:
         ValueError: The trace has no head or no tokens.
 
     Source: arXiv 2606.18023 for NLL, rank, entropy, output shift and breadth; gain and cost are this project's.
+
+    Example:
+        Two tokens of a vocabulary of two, the states their own logits. Loop 1 finds the next token, loop 2 loses it:
+        its NLL goes from log 2 to log(1 + 1/e) and log(1 + e).
+
+        >>> embed, right, wrong = torch.zeros(1, 2, 2), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+        >>> states = [embed + right, embed + wrong]
+        >>> trace = LoopTrace.from_states(embed, states, torch.nn.Identity(), input_ids=torch.tensor([[0, 1]]))
+        >>> for name, values in exits(trace).items():
+        ...     if name in ("nll_exit", "gain", "cost"):
+        ...         print(name, values.numpy().round(3))
+        nll_exit [[0.693 0.313 1.313]]
+        gain [[ nan 0.38 0.  ]]
+        cost [[nan  0.  1.]]
     """
     return averaged(exit_series(trace), trace.predicts)
 
@@ -89,7 +103,7 @@ def noise(
     exact: dict[str, Float[Tensor, "loop document pos"]],
     kept: Bool[Tensor, "document pos"],
 ) -> dict[str, PerLoop]:
-    """`noise_shift` and `noise_nll`: mean |x - x'| over tokens of output shift and NLL, x' in higher precision.
+    """`noise_shift` and `noise_nll`: mean size of x - x' over tokens of output shift and NLL, x' in higher precision.
 
     A value that is not well above it says nothing about the model. In nats, NaN where the measure is.
 

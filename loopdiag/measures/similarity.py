@@ -102,6 +102,16 @@ def cka(terms: Float[Tensor, "*batch view view_b"]) -> Float[Tensor, "*batch vie
     is not positive. Its spread over draws is about sqrt(2) / tokens.
 
     Source: Kornblith et al. (2019) with the estimator of Song et al. (2012).
+
+    Example:
+        Turned, stretched and shifted states are the same; unrelated ones of 4,096 tokens are not, to about 0.02.
+
+        >>> random = torch.Generator().manual_seed(0)
+        >>> x, other = torch.randn(2, 4096, 8, generator=random)
+        >>> turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=random))
+        >>> found = cka(hsic(torch.stack([x, 2 * x @ turn + 1, other])))
+        >>> bool((found[0, 1] - 1).abs() < 1e-6), bool(found[0, 2].abs() < 0.02)
+        (True, True)
     """
     own = terms.diagonal(dim1=-2, dim2=-1).clone()
     own[own <= 0] = math.nan

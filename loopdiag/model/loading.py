@@ -42,7 +42,12 @@ class LoadError(InputError):
 
 
 def bundled_models() -> list[str]:
-    """Names of the models that come with the package."""
+    """Names of the models that come with the package.
+
+    Example:
+        >>> bundled_models()
+        ['tiny-plt-1', 'tiny-plt-2', 'tiny-plt-3', 'tiny-plt-4']
+    """
     return sorted(folder.name for folder in BUNDLED.iterdir() if (folder / WEIGHTS).is_file())
 
 
@@ -72,6 +77,11 @@ def load(
     Raises:
         InputError: The model is unknown; its files are missing, damaged, of an unsupported family, with settings that
             are not built, or of another shape than the configuration says; or the dtype is none that models run in.
+
+    Example:
+        >>> model = load("tiny-plt-4")
+        >>> model.cfg.n_loops, model.cfg.offset, model.cfg.d_model
+        (4, 1, 128)
     """
     target, place = as_dtype(dtype), _device(device)
     if n_loops is not None and (isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1):
