@@ -56,6 +56,7 @@ from loopdiag.cli.output import (
     tell,
 )
 from loopdiag.cli.probes import probe as run_probe
+from loopdiag.cli.report import report as make_report
 from loopdiag.cli.runs import SWEEP, Checkpoint, Run
 from loopdiag.cli.sweep import recommend_from_sweep
 from loopdiag.cli.sweep import sweep as run_sweep
@@ -70,6 +71,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(name="figures")(draw_figures)
+app.command(name="report")(make_report)
 app.command(name="sweep")(run_sweep)
 app.command(name="probe")(run_probe)
 

@@ -15,7 +15,6 @@ from loopdiag.files import whole, write_all
 
 if TYPE_CHECKING:
     from loopdiag.diagnosis import Diagnosis
-    from loopdiag.gaincost import Recommendation
 
 
 def figures(
@@ -40,7 +39,7 @@ def figures(
         with nullcontext() if quiet else stderr.status("drawing"):
             from loopdiag import plots, report
 
-            pictures = plots.pictures(diagnoses, [_recommendation(diagnosis) for diagnosis in diagnoses])
+            pictures = plots.pictures(diagnoses, [report.recommendation(diagnosis) for diagnosis in diagnoses])
             tables = report.tables(diagnoses)
             page = report.reproduction(diagnoses) if against_paper else ""
         if not quiet:
@@ -54,22 +53,10 @@ def figures(
             stdout.print(str(file), markup=False, highlight=False, soft_wrap=True)
 
 
-def _recommendation(diagnosis: Diagnosis) -> Recommendation | None:
-    """At the usual price; None where there is no finite NLL to recommend from."""
-    import numpy as np
-
-    from loopdiag.gaincost import recommend
-
-    readable = "nll_exit" in diagnosis.data and np.isfinite(diagnosis.data["nll_exit"].sel(loop=diagnosis.loops)).all()
-    return recommend(diagnosis) if readable else None
-
-
 def _print_notes(diagnoses: list[Diagnosis]) -> None:
-    from loopdiag import plots
+    from loopdiag import plots, report
 
-    if len({diagnosis.provenance["corpus_sha256"] for diagnosis in diagnoses}) > 1:
-        note("the diagnoses are of different documents: lines in one figure differ by them, too")
-    elif len({(diagnosis.provenance["tokens"], diagnosis.provenance["max_tokens"]) for diagnosis in diagnoses}) > 1:
-        note("the diagnoses read the documents in different tokens: nats per token do not compare")
+    for caveat in report.caveats(diagnoses):
+        note(caveat)
     for name, why in plots.left_out(diagnoses).items():
         note(f"no figure {name}: {why}")

@@ -53,7 +53,7 @@ class Checkpoint:
             )
 
 
-def _kind(file: Path) -> str | None:
+def kind_of(file: Path) -> str | None:
     """What a file of results says it holds; None where it does not say."""
     import xarray as xr
 
@@ -109,7 +109,7 @@ class Run:
                     f"{given} is a sweep that has no finished model yet: `loopdiag sweep` goes on with it."
                 )
             return None
-        if (_kind(file) or file.stem) != "sweep":
+        if (kind_of(file) or file.stem) != "sweep":
             return None
         self._check()
         self._settled("the sweep", but="--at")

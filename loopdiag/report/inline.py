@@ -15,8 +15,8 @@ _NOT_KEPT = {f"{_SVG}metadata", f"{_SVG}style"}
 def inline(svg: bytes, prefix: str, title: str) -> str:
     """An SVG file as an element of a page that allows no inline styles.
 
-    What matplotlib says in `style` becomes attributes; ids begin with the prefix, so that several figures do not share
-    any; the white background goes, so that the page's shows.
+    What matplotlib says in `style` becomes attributes, and ids begin with the prefix, so that several figures do not
+    share any.
 
     Args:
         svg: As `Figure.savefig` writes it.
@@ -27,7 +27,6 @@ def inline(svg: bytes, prefix: str, title: str) -> str:
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag in _NOT_KEPT]:
             parent.remove(child)
-    _without_background(root)
     for element in root.iter():
         for part in element.attrib.pop("style", "").split(";"):
             name, _, value = (each.strip() for each in part.partition(":"))
@@ -49,11 +48,3 @@ def inline(svg: bytes, prefix: str, title: str) -> str:
     root.set("aria-label", title)
     root.set("class", "wide" if float(width) > WIDE else "narrow")
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _without_background(root: ElementTree.Element) -> None:
-    """Take away the patch that matplotlib lays under a figure."""
-    figure = root.find(f"{_SVG}g")
-    patch = figure.find(f"{_SVG}g[@id='patch_1']") if figure is not None else None
-    if figure is not None and patch is not None:
-        figure.remove(patch)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from loopdiag import html
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.measures.definitions import DEFINITIONS, GROUPS, is_by_loop
 from loopdiag.summary import ByLoop, Estimate, by_loop, estimate
@@ -142,18 +143,18 @@ class Row:
 
 
 def number(value: float) -> str:
-    """Four digits or so; a dash where it is undefined."""
+    """A measure of any size in four digits or so; a dash where it is undefined."""
     if not np.isfinite(value):
-        return "–"
+        return html.number(value)
     size = abs(value)
     if size and (size < 0.0005 or size >= 1e6):
         return f"{value:.1e}"
     return f"{value:,.{3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0}f}"
 
 
-def interval(low: float, high: float) -> str:
-    """Its ends; empty where there is none."""
-    return f"{number(low)} to {number(high)}" if np.isfinite(low) and np.isfinite(high) else ""
+def span(low: float, high: float, written: Callable[[float], str] = html.number) -> str:
+    """The ends of an interval; empty where there is none."""
+    return f"{written(low)} to {written(high)}" if np.isfinite(low) and np.isfinite(high) else ""
 
 
 def every_loop(diagnoses: Sequence[Diagnosis]) -> list[int]:
@@ -178,7 +179,7 @@ def rows(lens: Lens, diagnoses: Sequence[Diagnosis], seed: int) -> list[Row]:
 def _cell(curve: ByLoop, place: int) -> Cell | None:
     if not np.isfinite(curve.mean[place]):
         return None
-    ends = interval(curve.low[place], curve.high[place])
+    ends = span(curve.low[place], curve.high[place], number)
     return Cell(number(curve.mean[place]), ends, bool(curve.beyond[place]), bool(curve.in_noise[place]))
 
 
@@ -200,7 +201,7 @@ def class_rows(diagnosis: Diagnosis, seed: int) -> list[ClassRow]:
     gain, cost = (estimate(data[name], seed=seed) for name in ("gain_by_class", "cost_by_class"))
 
     def cell(of: Estimate, *place: int) -> Cell:
-        return Cell(number(of.mean[place]), interval(of.low[place], of.high[place]))
+        return Cell(html.number(of.mean[place]), span(of.low[place], of.high[place]))
 
     return [
         ClassRow(

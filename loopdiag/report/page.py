@@ -14,7 +14,7 @@ import jinja2
 import matplotlib
 import numpy as np
 
-from loopdiag import __version__, plots
+from loopdiag import __version__, html, plots
 from loopdiag.bootstrap import DRAWS
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost import (
@@ -33,7 +33,7 @@ from loopdiag.interventions.effects import Effect
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.measures.definitions import DEFINITIONS, GROUPS
 from loopdiag.report.inline import inline
-from loopdiag.report.lenses import BESIDE, LENSES, class_rows, every_loop, interval, motions, number, present, rows
+from loopdiag.report.lenses import BESIDE, LENSES, class_rows, every_loop, motions, present, rows, span
 from loopdiag.report.shown import LARGE, SMALL, shown_documents
 from loopdiag.summary import Estimate, labels
 
@@ -62,7 +62,8 @@ _MARKS = {
     "b": ("harm", "2px dotted var(--harm-line)"),
     "B": ("harm-much", "3px dashed var(--harm-line)"),
 }
-SVG: dict[Any, Any] = {"svg.fonttype": "none"}  # text stays text: it is found, read aloud, and small
+# Text stays text: it is found, read aloud, and small. The page's ground shows through.
+SVG: dict[Any, Any] = {"svg.fonttype": "none", "figure.facecolor": "none", "axes.facecolor": "none"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def page(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "config": _config}
+    environment.filters |= {"nats": html.number, "config": _config}
     return environment.from_string(_asset("page.html")).render(
         title=_title([model.name for model in models], effects, sweeps),
         policy=_policy(style, script),
@@ -140,15 +141,15 @@ def page(
         titles=TITLES,
         caveats=caveats(diagnoses),
         lenses=[(lens, rows(lens, diagnoses, seed)) for lens in LENSES],
-        classes=[(model, each) for model in models if (each := class_rows(model.diagnosis, seed))],
+        classes=[(model, table) for model in models if (table := class_rows(model.diagnosis, seed))],
         motions=[(model.name, said) for model in models if (said := motions(model.diagnosis))],
-        shown=[(model, each) for model in models if (each := shown_documents(model.diagnosis))],
+        shown=[(model, documents) for model in models if (documents := shown_documents(model.diagnosis))],
         small=SMALL,
         large=LARGE,
         missing=[(model.name, *_missing(model.about)) for model in models],
         effects=[(each.provenance, _effects(each, seed), each.data["nll"].mean().item()) for each in effects],
         effects_caveat=CAVEAT,
-        interval=interval,
+        span=span,
         abouts=_abouts(models, effects, sweeps),
         sweeps=told,
         definitions={name: (*DEFINITIONS[name], BESIDE.get(name, "")) for name in present(diagnoses)},
@@ -202,7 +203,8 @@ def _abouts(
 def _reason(model: Model) -> list[str]:
     """The numbers that decide, in words: what the pick's last loop brings, and what the next would."""
     curve, answer = model.curve, model.recommendation
-    assert curve is not None and answer is not None
+    assert curve is not None
+    assert answer is not None
     place = curve.loop.tolist().index(answer.pick)
     return [
         _brings(curve, each, answer.price, taken)
@@ -216,28 +218,28 @@ def _brings(curve: GainCost, place: int, price: float, taken: bool) -> str:
     which = f"Loop {loop}" if loop == before + 1 else f"Loops {before + 1} to {loop}"
     nets = "nets" if loop == before + 1 else "net"
     would = nets if taken else "would net"
-    ends = interval(curve.net.low[place], curve.net.high[place])
-    said = f"{which} {would} {number(curve.net.mean[place])} nats per token" + (f" (95 %: {ends})" if ends else "")
+    ends = span(curve.net.low[place], curve.net.high[place])
+    said = f"{which} {would} {html.number(curve.net.mean[place])} nats per token" + (f" (95 %: {ends})" if ends else "")
     return f"{said}, at a price of {price * (loop - before):g}."
 
 
 def _evidence(model: Model) -> Iterator[dict[str, Any]]:
     """The rows of the table under the verdict."""
     curve, answer = model.curve, model.recommendation
-    assert curve is not None and answer is not None
+    assert curve is not None
+    assert answer is not None
     for place, loop in enumerate(curve.loop.tolist()):
         yield {
             "loop": loop,
             "beyond": loop > curve.trained_loops,
             "picked": loop == answer.recommended_loops,
-            "cells": [_with_interval(each, place) for each in (curve.nll_exit, curve.gain, curve.cost, curve.net)],
-            "ratio": number(curve.cost_over_gain[place]),
-            "support": answer.support[loop],
+            "cells": [_with_span(each, place) for each in (curve.nll_exit, curve.gain, curve.cost, curve.net)],
+            "ratio": html.number(curve.cost_over_gain[place]),
         }
 
 
-def _with_interval(estimate: Estimate, place: int) -> tuple[str, str]:
-    return number(estimate.mean[place]), interval(estimate.low[place], estimate.high[place])
+def _with_span(estimate: Estimate, place: int) -> tuple[str, str]:
+    return html.number(estimate.mean[place]), span(estimate.low[place], estimate.high[place])
 
 
 def _missing(about: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:

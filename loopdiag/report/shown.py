@@ -64,7 +64,7 @@ def _shown(diagnosis: Diagnosis, place: int) -> ShownDocument:
     length = int(np.flatnonzero(known)[-1]) + 1
     end = min(length, MOST_TOKENS)
     nll, top = data["token_nll"].values[:, :end], data["token_top"].values[:, :end]
-    kinds = np.vectorize(kind_of_change, otypes=[object])(np.diff(nll, axis=0))  # [loop - 1, token]
+    kinds = np.array([[kind_of_change(each) for each in row] for row in np.diff(nll, axis=0)])  # [loop - 1, token]
     tokens = tuple(
         Token(text, " ".join(f"{kind}{loop}" for kind, loop in zip(kinds[:, index], loops[1:], strict=True) if kind))
         for index, text in enumerate(data["token_text"].values[:end].tolist())

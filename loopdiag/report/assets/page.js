@@ -84,7 +84,7 @@ for (const view of document.querySelectorAll(".tokens")) {
     if (event.target.name.startsWith("document") && chosen) {
       chosen.classList.remove("chosen");
       chosen = null;
-      inspector.textContent = "No token is chosen.";
+      inspector.replaceChildren();
     }
     tell();
   });
