@@ -29,11 +29,7 @@ exclude_patterns = ["extensions"]
 nitpicky = True
 nitpick_ignore_regex = [
     # Other libraries, whose pages a build without a network cannot ask for, the shapes of their arrays, type variables.
-    (
-        r"py:.*",
-        r"(os|pathlib|contextlib|collections|jaxtyping|np|numpy|torch|xr|xarray|pandas|matplotlib|datasets|transformers"
-        r"|transformer_lens)\..*",
-    ),
+    (r"py:.*", r"(?!loopdiag\.)\w+\..*"),
     (r"py:class", r"(Bool|Float|Int|Tensor|Module|ndarray|PreTrainedTokenizerFast|'.*'|loopdiag\..*T)"),
 ]
 # In docstrings a name stands in single backticks.
