@@ -46,6 +46,14 @@ def test_the_python_of_a_page_runs(page, block, monkeypatch, capsys, tmp_path):
         assert printed == shown[1]
 
 
+def test_the_quickstart_explains_the_answer_of_the_readme():
+    """Word for word the same one."""
+    shown = [re.search(r"```text\n(tiny-plt-4: trained.*?)```", PAGES[page], flags=re.DOTALL) for page in PAGES]
+    answers = [answer[1] for answer in shown if answer]
+    assert len(answers) == 2
+    assert len(set(answers)) == 1
+
+
 def test_there_are_pages_with_python():
     """Not an empty list of blocks."""
     assert {"README.md", "your_model.md", "transformer_lens.md"} <= {block.values[0] for block in BLOCKS}
