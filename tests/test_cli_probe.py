@@ -79,11 +79,11 @@ def test_json_file_table_and_figure_hold_the_same(answered):
     assert lines[0]["change"] == ""
 
 
-def test_information_says_of_how_much(tmp_path):
+def test_information_says_of_how_much():
     """JSON alone on stdout; the table has what is left open, and no change from loop to loop."""
     result = run("probe", "carried_information", "tiny-plt-2", "--hook", "hook_in", *SMALL, "--json", "-")
-    told = json.loads(result.stdout)
     assert result.stderr == ""
+    told = json.loads(result.stdout)
     assert [(row["target"], row["hook"], row["loop"]) for row in told["scores"]] == [
         ("Z(i)", "hook_in", 2),
         ("Z(i-1)", "hook_in", 2),

@@ -70,7 +70,7 @@ def fit_probe(
         n_classes: Classes in all.
     """
     losses = dict.fromkeys(STRENGTHS, 0.0)
-    for inside, outside in GroupKFold(FOLDS).split(x, y, sources):
+    for inside, outside in GroupKFold(FOLDS).split(x, groups=sources):
         for C in STRENGTHS:
             losses[C] += Probe(_fit(x[inside], y[inside], C), C, n_classes).score(x[outside], y[outside])[1].sum()
     best = min(STRENGTHS, key=lambda C: losses[C])
@@ -83,4 +83,5 @@ def _fit(x: np.ndarray, y: np.ndarray, C: float) -> Pipeline:
     with warnings.catch_warnings():
         # What has not settled after so many steps is scored as it is, like everything else, on other documents.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # few places, not a regression
         return make_pipeline(StandardScaler(), classifier).fit(x, y)
