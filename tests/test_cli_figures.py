@@ -11,7 +11,7 @@ import pytest
 from synthetic import make
 from test_cli import expect_refusal, run
 
-from loopdiag import cli
+from loopdiag import cli, report
 from loopdiag.plots import files
 from loopdiag.plots.files import FIGURES
 
@@ -122,8 +122,8 @@ def test_a_model_that_cannot_be_read_off_is_drawn_without_a_price(tmp_path):
     broken = make(4, documents=8)
     broken.data["nll_exit"][0, 2] = float("inf")
     broken.save(tmp_path / "broken.nc")
-    assert cli.figures._recommendation(broken) is None
-    assert cli.figures._recommendation(make(4)) is not None
+    assert report.recommendation(broken) is None
+    assert report.recommendation(make(4)) is not None
 
 
 def test_the_command_is_light_until_its_arguments_stand():

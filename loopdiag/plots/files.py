@@ -95,11 +95,11 @@ FIGURES: dict[str, Together | Apart] = {
     "gate": Apart(
         lambda diagnosis, _, part: gate(diagnosis, figure=part), (PAGE[0], 2.8), ("gate_mean", "gate_by_position")
     ),
-    "readability": Apart(_on_axes(readability), COLUMN, ("nll_usable",)),
+    "readability": Apart(_on_axes(readability), COLUMN, ("nll_exit", "nll_usable")),
     "similarity": Apart(_on_axes(similarity), (COLUMN[0], 3.5), ("hsic",)),
     "rarefaction": Apart(_on_axes(rarefaction), COLUMN, ("effective_rank_by_tokens",)),
     "exit_rules": Apart(
-        _exit_rules, (COLUMN[0], 4.2), ("exit_rule_nll", "exit_rule_nll_fit"), lambda it: len(it.loops) > 1
+        _exit_rules, (COLUMN[0], 4.2), ("nll_exit", "exit_rule_nll", "exit_rule_nll_fit"), lambda it: len(it.loops) > 1
     ),
 }
 

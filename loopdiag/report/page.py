@@ -55,6 +55,7 @@ TITLES = {
     "trained_losses": "Held-out loss of each loop count",
     "losses_over_training": "Losses while training",
 }
+MOST_NAMES = 4  # in the heading
 # A colour and a line for each kind of change, so that either is enough.
 _MARKS = {
     "h": ("help", "2px solid var(--help-line)"),
@@ -122,7 +123,7 @@ def page(
     )
     environment.filters |= {"nats": html.number, "config": _config}
     return environment.from_string(_asset("page.html")).render(
-        title=_title([model.name for model in models], effects, sweeps),
+        title=_title([*diagnoses, *effects], sweeps),
         policy=_policy(style, script),
         style=style,
         script=script,
@@ -135,6 +136,7 @@ def page(
         trained=sorted({model.about["trained_loops"] for model in models}),
         reason=_reason,
         evidence=_evidence,
+        at_pick=_at_pick,
         describe=describe,
         figures=_inlined(drawn, "f"),
         left_out=plots.left_out(diagnoses) if diagnoses else {},
@@ -180,13 +182,11 @@ def _model(name: str, diagnosis: Diagnosis, price: float, seed: int) -> Model:
     return Model(name, diagnosis, about, None, None, absent)
 
 
-def _title(names: Sequence[str], effects: Sequence[Effects], sweeps: Sequence[SweepLosses]) -> str:
-    told = [
-        *names,
-        *(each.provenance["model"] for each in effects),
-        *(f"sweep on {each.provenance['data']}" for each in sweeps),
-    ]
-    return ", ".join(dict.fromkeys(told))
+def _title(results: Sequence[Diagnosis | Effects], sweeps: Sequence[SweepLosses]) -> str:
+    """The models and what the sweeps trained on; a number of models where their names would fill the page."""
+    names = list(dict.fromkeys(each.provenance["model"] for each in results))
+    told = names if len(names) <= MOST_NAMES else [f"{len(names)} models"]
+    return ", ".join([*told, *dict.fromkeys(f"sweep on {each.provenance['data']}" for each in sweeps)])
 
 
 def _abouts(
@@ -240,6 +240,14 @@ def _evidence(model: Model) -> Iterator[dict[str, Any]]:
 
 def _with_span(estimate: Estimate, place: int) -> tuple[str, str]:
     return html.number(estimate.mean[place]), span(estimate.low[place], estimate.high[place])
+
+
+def _at_pick(model: Model) -> tuple[str, str]:
+    """The exit NLL at the loop count that the rule picks."""
+    curve, answer = model.curve, model.recommendation
+    assert curve is not None
+    assert answer is not None
+    return _with_span(curve.nll_exit, curve.loop.tolist().index(answer.pick))
 
 
 def _missing(about: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
