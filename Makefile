@@ -73,9 +73,10 @@ findings: $(DEV)  ## write docs/findings.md and draw figures/sweeps from what th
 	$(BIN)/python benchmarks/findings.py
 
 probes: $(BASE)  ## probe two of the bundled models: every result in probes/ (ten minutes on one core)
-	for suite in position_identity code_structure lookahead carried_information; do \
-		for model in tiny-plt-4 tiny-plt-2; do \
-			OMP_NUM_THREADS=1 $(BIN)/loopdiag probe $$suite $$model --figures probes/$$suite --quiet || exit 1; \
+	for model in tiny-plt-4 tiny-plt-2; do \
+		for suite in position_identity code_structure lookahead carried_information; do \
+			case $$suite in carried*) hooks="--hook hook_carry --hook hook_in --hook hook_out" ;; *) hooks= ;; esac; \
+			OMP_NUM_THREADS=1 $(BIN)/loopdiag probe $$suite $$model $$hooks --figures probes/$$suite --quiet || exit 1; \
 		done; \
 	done
 
