@@ -259,7 +259,7 @@ def test_what_is_beside_the_scores(planted_scores):
 
 def test_carried_information_of_a_model_that_only_hands_over():
     """The entrance of loop 2 tells of Z(i-1), which two embeddings do tell; the control tells nothing."""
-    scores = probe(planted_model(), CORPUS, "carried_information", n_loops=2, places=24)
+    scores = probe(planted_model(), CORPUS, "carried_information", n_loops=2, places=12)
     data = scores.data
     assert data["target"].values.tolist() == ["Z(i)", "Z(i-1)"]
     assert data["loop"].values.tolist() == [2]
@@ -285,7 +285,8 @@ def test_report_documents_change_nothing_but_their_own_scores(suite):
     *others, last = CORPUS.report
     poisoned = Corpus(CORPUS.name, CORPUS.fit, (*others, replace(last, text="w1 w2 " * 15)))
     before, after = (
-        probe(model, corpus, suite, n_loops=2, places=8, classes=5, batch_size=1).data for corpus in (CORPUS, poisoned)
+        probe(model, corpus, suite, hooks=["hook_in"], n_loops=2, places=6, classes=5, batch_size=1).data
+        for corpus in (CORPUS, poisoned)
     )
     for name in ("C", "floor_C"):
         xr.testing.assert_identical(before[name], after[name])
