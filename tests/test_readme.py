@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import pytest
 from test_measured import SEVERAL, made_up
 
+from loopdiag import __version__
 from loopdiag.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,13 @@ def test_the_python_of_a_page_runs(page, block, monkeypatch, capsys, tmp_path):
     shown = re.search(re.escape(block) + r"```\n\n```text\n(.*?)```", PAGES[page], flags=re.DOTALL)
     if shown and page != "README.md":  # whose output is that of `make demo`
         assert printed == shown[1]
+
+
+def test_the_citation_is_of_this_version():
+    """In the README and in the file that reference managers read."""
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in cited
+    assert f"version = {{{__version__}}}" in README
 
 
 def test_the_quickstart_explains_the_answer_of_the_readme():
