@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-NAMES = ["01_first_look"]
+NAMES = ["01_first_look", "02_gain_cost", "03_hooks_and_interventions", "04_your_model", "05_train_a_family"]
 LARGEST = 600_000  # bytes
 DRAWS = re.compile(r"ld\.plots\.|sns\.|ax\.(plot|bar|step)|plt\.subplots")
 

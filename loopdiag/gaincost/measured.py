@@ -71,7 +71,10 @@ class Decomposition:
             f"Gain and tax of each loop count, memory {self.memory}, {self.seeds} seed{'s' if self.seeds > 1 else ''}",
             ["loops", *columns],
             html.rows(self.loops, columns.values()),
-            [f"Nats per token, from the count above. Intervals: 95 % over {self.over}; {caveats[self.over]}."],
+            [
+                "Nats per token; gain and net are from the count above to this one. "
+                f"Intervals: 95 % over {self.over}; {caveats[self.over]}."
+            ],
         )
 
 
