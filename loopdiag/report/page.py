@@ -29,7 +29,7 @@ from loopdiag.gaincost import (
 )
 from loopdiag.gaincost.rule import PRICE, describe
 from loopdiag.interventions import CAVEAT, Effects
-from loopdiag.interventions.effects import Effect
+from loopdiag.interventions.effects import FEWEST_SOURCES, Effect
 from loopdiag.losses import SweepError, SweepLosses
 from loopdiag.measures.definitions import DEFINITIONS, GROUPS
 from loopdiag.report.inline import inline
@@ -151,6 +151,7 @@ def page(
         missing=[(model.name, *_missing(model.about)) for model in models],
         effects=[(each.provenance, _effects(each, seed), each.data["nll"].mean().item()) for each in effects],
         effects_caveat=CAVEAT,
+        fewest_sources=FEWEST_SOURCES,
         span=span,
         abouts=_abouts(models, effects, sweeps),
         sweeps=told,

@@ -66,10 +66,13 @@ for (const view of document.querySelectorAll(".tokens")) {
 
   for (const text of texts) {
     if (text.children.length) text.children[0].tabIndex = 0;
-    const token = (event) => event.target.closest(".text > span");
-    text.addEventListener("pointerover", (event) => token(event) && choose(token(event)));
-    text.addEventListener("focusin", (event) => token(event) && choose(token(event)));
-    text.addEventListener("click", (event) => token(event) && choose(token(event)));
+    // Not pointerover: a page that scrolls under a pointer at rest chooses nothing.
+    for (const kind of ["pointermove", "focusin", "click"]) {
+      text.addEventListener(kind, (event) => {
+        const token = event.target.closest(".text > span");
+        if (token && token !== chosen) choose(token);
+      });
+    }
     text.addEventListener("keydown", (event) => {
       const next = { ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling" }[event.key];
       const to = next && event.target[next];
