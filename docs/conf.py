@@ -35,7 +35,7 @@ nitpick_ignore_regex = [
 # In docstrings a name stands in single backticks.
 default_role = "code"
 
-myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
 napoleon_attr_annotations = False
