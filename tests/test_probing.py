@@ -17,7 +17,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from test_decoder import make_model
+from test_decoder import HUGINN_LIKE, POST_CODA, make_model
 from tiny import random_corpus, word_tokenizer
 
 import loopdiag as ld
@@ -269,10 +269,22 @@ def test_carried_information_of_a_model_that_only_hands_over():
     # Every state is a function of one token, and both tokens' embeddings are given.
     assert float(data["baseline_nll"].mean()) < 0.6
     assert "baseline" not in data
-    assert probe(planted_model(offset=2), CORPUS, "carried_information", n_loops=2, places=4).targets == [
-        "Z(i)",
-        "Z(i-2)",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("wiring", "hook", "loops"), [(HUGINN_LIKE, "hook_coda_out", [0, 1, 2]), (POST_CODA, "hook_carry", [0, 2])]
+)
+def test_other_wirings(wiring, hook, loops):
+    """A prelude's output for the embedding, a random start, a coda: hooks are read where they are."""
+    model = make_model(**wiring)
+    model.tokenizer = word_tokenizer()
+    corpus = random_corpus(fit=6, report=3)
+    scores = probe(model.requires_grad_(False), corpus, TOKENS[:1], hooks=[hook], n_loops=2, places=6, classes=3)
+    assert [row.loop for row in scores.table()] == loops
+    assert score_of(scores, "token i", hook, 0) > 0.9
+    carried = probe(model, corpus, "carried_information", hooks=[hook], n_loops=2, places=6)
+    assert carried.targets == ["Z(i)", f"Z(i-{max(1, model.cfg.offset)})"]
+    assert np.isfinite(carried.data["score"]).all()
 
 
 # -- nothing of the report documents reaches the probes --------------------------------------------------------
