@@ -40,8 +40,9 @@ class CodeLabels:
     reach: int
 
 
-def code_labels(text: str) -> CodeLabels:
-    """Label the characters of a text, as far as Python's tokenizer can read it."""
+def code_labels(text: str, upto: int | None = None) -> CodeLabels:
+    """Label the characters of a text, as far as Python's tokenizer can read it, or as far as is asked for."""
+    upto = len(text) if upto is None else upto
     starts = np.cumsum([0, *(len(line) + 1 for line in text.split("\n"))])
     kind, indentation, depth = (np.zeros(len(text), int) for _ in range(3))
     level = brackets = strings = string_start = reach = 0
@@ -50,10 +51,12 @@ def code_labels(text: str) -> CodeLabels:
             start, end = (min(starts[row - 1] + column, len(text)) for row, column in (token.start, token.end))
             if token.type == tokenize.ERRORTOKEN:
                 break
+            if start >= upto and not strings:
+                reach = upto
+                break
             if token.type in (tokenize.INDENT, tokenize.DEDENT):
                 level += 1 if token.type == tokenize.INDENT else -1
                 continue
-            # White space before a token is of the line that it ends or stands in: filled to the end, then overwritten.
             if token.type in _OPENS:
                 string_start, strings = (start if not strings else string_start), strings + 1
             elif token.type in _CLOSES:
@@ -64,6 +67,7 @@ def code_labels(text: str) -> CodeLabels:
                 kind[start:end] = _kind(token)
                 if token.type == tokenize.OP:
                     brackets += (token.string in "([{") - (token.string in ")]}")
+            # To the end of the text, of which the next token takes its own: white space is of the token before.
             if token.type not in (tokenize.NL, tokenize.ENDMARKER):
                 indentation[start:] = level
             depth[max(end - 1, 0) :] = brackets
@@ -98,7 +102,7 @@ def token_labels(reading: Reading) -> dict[str, Int[np.ndarray, " pos"]]:
     if reading.spans is None:
         raise ValueError("token_labels: the tokenizer does not say where in the text its tokens stand.")
     spans, text = reading.spans, reading.text
-    labels = code_labels(text)
+    labels = code_labels(text, int(spans[:, 1].max()))
     there = spans[:, 1] > spans[:, 0]  # special tokens are no part of the text
     found = {name: np.full(len(spans), -1) for name in ("kind", "indentation", "depth", "inside")}
     if labels.reach < spans[:, 1].max():

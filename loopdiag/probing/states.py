@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +102,7 @@ def collect(
 
         def keep(point: Point, rows: Tensor = rows, columns: Tensor = columns) -> Callable[..., None]:
             def hook(value: Tensor, hook: Any) -> None:
-                kept = value[rows, columns].flatten(1) if value.ndim > 2 else value[rows, columns][:, None]
+                kept = value[rows, columns].reshape(len(rows), value[0, 0].numel())
                 parts[point].append(kept.to(torch.promote_types(kept.dtype, torch.float32)).cpu().numpy())
 
             return hook
@@ -129,7 +128,7 @@ def _batches(readings: Sequence[Reading], at: Places, size: int) -> Iterator[tup
 def untrained(model: LoopedLM, seed: int) -> LoopedLM:
     """A model of the same configuration with fresh random weights, on the same device and in the same dtype."""
     weight = model.embed.weight
-    fresh = LoopedLM(deepcopy(model.cfg))
+    fresh = LoopedLM(model.cfg)
     fresh.init_weights(seed)
     fresh.ensure_loops(len(model.loops))
     return fresh.to(device=weight.device, dtype=weight.dtype).eval().requires_grad_(False)
