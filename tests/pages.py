@@ -9,7 +9,9 @@ from synthetic import make
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.measures.definitions import DEFINITIONS, DIMENSIONS
 
-HOSTILE = "</pre></script><script>window.hit = 1</script><img src=x onerror='window.hit = 2'>\"'&amp;{{ 7 * 7 }}"
+HOSTILE = (
+    "</pre></script><script>window.hit = 1</script><img src=x onerror='window.hit = 2'>\"'&amp;{{ 7 * 7 }}$\\frac$漢"
+)
 FEW = ("prediction", "motion", "diversity", "offset", "tokens")  # groups that are quickly drawn
 SAYS = ("units", "state", "long_name")
 CHANGES = (0.0, -5.0, -0.5, 0.5, 2.0, 0.05)  # of the NLL at loop 2, by token: not told, kinds H, h, b, B and none

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 from pages import CHANGES, HOSTILE, Page, hostile, with_tokens
 from synthetic import make
 from test_cli import expect_refusal, run
@@ -26,6 +27,7 @@ from loopdiag.report import page, recommendation
 from loopdiag.report.inline import inline
 from loopdiag.report.lenses import BESIDE, LENSES, Cell, number, rows, span
 from loopdiag.report.shown import KINDS, MOST_TOKENS, kind_of_change, shown_documents
+from loopdiag.scores import SCHEMA, ProbeScores
 
 SAVED = Path(ld.__file__).parents[1] / "figures" / "saved" / "tiny-plt-4.nc"
 QUICK = ("prediction", "tokens")
@@ -63,6 +65,24 @@ def effects():
     model = make_model().requires_grad_(False)
     model.tokenizer = word_tokenizer()
     return intervene(model, random_corpus(), ["offset"])
+
+
+@pytest.fixture(scope="module")
+def probes():
+    """Scores of one target and hook at loops 0 to 2, the last beyond training."""
+    place, shape = ("target", "hook", "loop", "document"), (1, 1, 3, 6)
+    level = np.array([0.5, 0.7, 0.9])[:, None] + np.linspace(-0.05, 0.05, 6)
+    values = {
+        name: (place, np.broadcast_to(level - less, shape))
+        for name, less in (("score", 0), ("control", 0.4), ("floor", 0.3))
+    }
+    values["baseline"] = (("target", "loop", "document"), np.full((1, 3, 6), 0.25))
+    names = [f"d{index}" for index in range(6)]
+    coords = {"target": ["token i-1"], "hook": ["hook_out"], "loop": [0, 1, 2], "document": names}
+    about = {"schema": SCHEMA, "suite": "position", "model": "tiny", "unit": "accuracy", "trained_loops": 1}
+    about |= {"run_loops": 2, "documents": 6, "corpus": "made"}
+    coords["source"] = ("document", names)
+    return ProbeScores(xr.Dataset(values, coords, {"provenance": json.dumps(about)}))
 
 
 # -- whole ------------------------------------------------------------------------------------------
@@ -207,7 +227,6 @@ def test_markup_in_data_is_text():
 def test_the_same_results_give_the_same_bytes():
     made = with_tokens(make(4, groups=QUICK))
     assert page([made]) == page([made])
-    assert page([made], price=0.2) != page([made])
 
 
 # -- documents token by token -----------------------------------------------------------------------
@@ -352,6 +371,18 @@ def test_interventions_and_sweeps(effects):
         page()
 
 
+def test_probes(probes):
+    """Hand-worked: each score beside its control, what remains over it, and random weights."""
+    found = assert_alone(page(probes=[probes]))
+    rows_told = found.text("tr")
+    assert len(rows_told) >= 4
+    row = probes.table()[2]
+    ends = f"{row.score_low:.3f} to {row.score_high:.3f}"
+    assert f"token i-1hook_out2*0.900{ends}0.5000.4000.400 to 0.4000.600" in rows_told
+    assert len(found.all("svg", role="img")) == 1
+    assert found.text("h1") == ["tiny"]
+
+
 def test_an_effect_is_drawn_where_it_is(effects, undrawn):
     """Marks lie between the ends of their intervals and within the picture."""
     found = Page(page(effects=[effects]))
@@ -395,7 +426,7 @@ def test_a_figure_inside_a_page():
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, effects):
+def files(tmp_path_factory, effects, probes):
     """Saved results of every kind."""
     folder = tmp_path_factory.mktemp("results")
     with_tokens(make(2, groups=QUICK)).save(folder / "diagnosis.nc")
@@ -403,6 +434,7 @@ def files(tmp_path_factory, effects):
     effects.save(folder / "effects.nc")
     (folder / "swept").mkdir()
     make_sweep().save(folder / "swept" / "sweep.nc")
+    probes.save(folder / "probes.nc")
     (folder / "text.nc").write_text("no result")
     return folder
 
@@ -410,11 +442,12 @@ def files(tmp_path_factory, effects):
 def test_the_command_tells_results_apart_by_what_they_hold(files, tmp_path, undrawn):
     """Whatever their names; a sweep also by its folder. Only the file's name goes to stdout."""
     out = tmp_path / "page.html"
-    saved = [files / "diagnosis.nc", files / "effects.nc", files / "swept"]
+    saved = [files / "diagnosis.nc", files / "probes.nc", files / "effects.nc", files / "swept"]
     result = run("report", *saved, "-o", out, "--price", "0.2")
     assert (result.exit_code, result.stdout.strip()) == (cli.Exit.ANSWERED, str(out))
     found = Page(out.read_text(encoding="utf-8"))
-    assert {"verdict", "interventions", "sweeps"} <= {found.elements[place][1]["id"] for place in found.all("section")}
+    sections = {found.elements[place][1]["id"] for place in found.all("section")}
+    assert {"verdict", "interventions", "sweeps", "probes"} <= sections
     assert "at a price of 0.2 nats" in found.texts[found.all("section", id="verdict")[0]]
     assert list(tmp_path.iterdir()) == [out]
 

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from loopdiag.interventions import Effects
     from loopdiag.losses import SweepLosses
     from loopdiag.results import Result
+    from loopdiag.scores import ProbeScores
 
 
 def report(
     saved: Annotated[
         list[Path],
-        typer.Argument(help="Diagnoses and effects of interventions, as `--save` wrote them, and sweeps."),
+        typer.Argument(
+            help="Diagnoses, effects of interventions and scores of probes, as `--save` wrote them, and sweeps."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the page goes (HTML).")] = Path("report.html"),
     price: PriceOption = 0.01,
@@ -47,14 +50,14 @@ def report(
         if twice := next((file for file in files if places.count(file.resolve()) > 1), None):
             raise InputError(f"{twice} is given twice: give each once.")
         check_outputs(out, quiet=quiet)
-        diagnoses, effects, sweeps = _read(files)
+        diagnoses, effects, sweeps, probes = _read(files)
 
         from loopdiag.report import page
         from loopdiag.summary import labels
 
         labels(diagnoses)  # refuses one that is given twice
         with nullcontext() if quiet else stderr.status("drawing"):
-            text = page(diagnoses, effects, sweeps, price=price)
+            text = page(diagnoses, effects, sweeps, probes, price=price)
         if not quiet and diagnoses and not any("token_nll" in each.data for each in diagnoses):
             note("no document is shown token by token: diagnose with --measures default,tokens")
         with whole(out) as partial:
@@ -62,7 +65,7 @@ def report(
         stdout.print(str(out), markup=False, highlight=False, soft_wrap=True)
 
 
-def _read(files: list[Path]) -> tuple[list[Diagnosis], list[Effects], list[SweepLosses]]:
+def _read(files: list[Path]) -> tuple[list[Diagnosis], list[Effects], list[SweepLosses], list[ProbeScores]]:
     """What the files hold; each one's kind is known before any is read."""
     for file in files:
         if not file.is_file():
@@ -72,8 +75,9 @@ def _read(files: list[Path]) -> tuple[list[Diagnosis], list[Effects], list[Sweep
     from loopdiag.diagnosis import Diagnosis
     from loopdiag.interventions import Effects
     from loopdiag.losses import SweepLosses
+    from loopdiag.scores import ProbeScores
 
-    shown: tuple[type[Result], ...] = (Diagnosis, Effects, SweepLosses)
+    shown: tuple[type[Result], ...] = (Diagnosis, Effects, SweepLosses, ProbeScores)
     by_kind = {made.KIND: made for made in shown}
     for file, kind in zip(files, kinds, strict=True):
         if kind not in by_kind:
@@ -86,4 +90,5 @@ def _read(files: list[Path]) -> tuple[list[Diagnosis], list[Effects], list[Sweep
         [each for each in results if isinstance(each, Diagnosis)],
         [each for each in results if isinstance(each, Effects)],
         [each for each in results if isinstance(each, SweepLosses)],
+        [each for each in results if isinstance(each, ProbeScores)],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -88,9 +90,9 @@ def _shape(scores: ProbeScores) -> tuple[int, int]:
     return -(-count // columns), columns
 
 
-def pictures_of_probes(scores: ProbeScores) -> dict[str, bytes]:
-    """The figure by file form (`png`, `svg`)."""
+def pictures_of_probes(scores: ProbeScores, forms: Sequence[str] = tuple(METADATA)) -> dict[str, bytes]:
+    """The figure by file form, of `png` and `svg`."""
     with rc_context(PAPER | REPRODUCIBLE):
         figure = Figure((PAGE[0], height(_shape(scores)[0])), layout="constrained")
         probes(scores, figure=figure)
-        return {form: rendered(figure, form) for form in METADATA}
+        return {form: rendered(figure, form) for form in forms}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -35,6 +36,8 @@ from loopdiag.measures.definitions import DEFINITIONS, GROUPS
 from loopdiag.report.inline import inline
 from loopdiag.report.lenses import BESIDE, LENSES, class_rows, every_loop, motions, present, rows, span
 from loopdiag.report.shown import LARGE, SMALL, shown_documents
+from loopdiag.results import Result
+from loopdiag.scores import INTERVALS, UNITS, ProbeScores
 from loopdiag.summary import Estimate, labels
 
 # Of the figures, for those who do not see them and above them.
@@ -54,6 +57,7 @@ TITLES = {
     "measured_gain_cost": "Gain, rise of the tax and net of each loop count",
     "trained_losses": "Held-out loss of each loop count",
     "losses_over_training": "Losses while training",
+    "probes": "What linear probes read from the states of each loop",
 }
 MOST_NAMES = 4  # in the heading
 # A colour and a line for each kind of change, so that either is enough.
@@ -65,6 +69,7 @@ _MARKS = {
 }
 # Text stays text: it is found, read aloud, and small. The page's ground shows through.
 SVG: dict[Any, Any] = {"svg.fonttype": "none", "figure.facecolor": "none", "axes.facecolor": "none"}
+SVG |= {"text.parse_math": False}  # a dollar in a name is one
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def page(
     diagnoses: Sequence[Diagnosis] = (),
     effects: Sequence[Effects] = (),
     sweeps: Sequence[SweepLosses] = (),
+    probes: Sequence[ProbeScores] = (),
     *,
     price: float = PRICE,
     seed: int = 0,
@@ -100,6 +106,7 @@ def page(
         diagnoses: Of one model, or of several to show side by side.
         effects: Of interventions.
         sweeps: Of matched models.
+        probes: Scores of linear probes.
         price: Nats per token that an extra loop must bring, >= 0.
         seed: Of the bootstrap.
 
@@ -107,23 +114,25 @@ def page(
         DiagnosisError: Two diagnoses are of the same model and run.
         ValueError: `price` is negative or not finite, or there is nothing to show.
     """
-    if not (diagnoses or effects or sweeps):
-        raise ValueError("page: there is nothing to show: give a diagnosis, effects of interventions, or a sweep.")
+    if not (diagnoses or effects or sweeps or probes):
+        raise ValueError("page: there is nothing to show: give a diagnosis, effects, a sweep, or scores of probes.")
     models = [
         _model(name, diagnosis, price, seed) for name, diagnosis in zip(labels(diagnoses), diagnoses, strict=True)
     ]
     loops = every_loop(diagnoses)
     style = _asset("page.css") + "\n" + _loop_rules(loops)
     script = _asset("page.js")
-    with matplotlib.rc_context(SVG):
+    with matplotlib.rc_context(SVG), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has it
         drawn = plots.pictures(diagnoses, [model.recommendation for model in models], ["svg"]) if diagnoses else {}
         told = [_sweep(losses, place, price, seed) for place, losses in enumerate(sweeps)]
+        read = [_probes(scores, place, seed) for place, scores in enumerate(probes)]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"nats": html.number, "config": _config}
     return environment.from_string(_asset("page.html")).render(
-        title=_title([*diagnoses, *effects], sweeps),
+        title=_title([*diagnoses, *effects, *probes], sweeps),
         policy=_policy(style, script),
         style=style,
         script=script,
@@ -153,8 +162,11 @@ def page(
         effects_caveat=CAVEAT,
         fewest_sources=FEWEST_SOURCES,
         span=span,
-        abouts=_abouts(models, effects, sweeps),
+        abouts=_abouts(models, effects, sweeps, probes),
         sweeps=told,
+        probes=read,
+        probes_intervals=INTERVALS,
+        units=UNITS,
         definitions={name: (*DEFINITIONS[name], BESIDE.get(name, "")) for name in present(diagnoses)},
         defined=DEFINITIONS,
     )
@@ -183,7 +195,7 @@ def _model(name: str, diagnosis: Diagnosis, price: float, seed: int) -> Model:
     return Model(name, diagnosis, about, None, None, absent)
 
 
-def _title(results: Sequence[Diagnosis | Effects], sweeps: Sequence[SweepLosses]) -> str:
+def _title(results: Sequence[Result], sweeps: Sequence[SweepLosses]) -> str:
     """The models and what the sweeps trained on; a number of models where their names would fill the page."""
     names = list(dict.fromkeys(each.provenance["model"] for each in results))
     told = names if len(names) <= MOST_NAMES else [f"{len(names)} models"]
@@ -191,13 +203,17 @@ def _title(results: Sequence[Diagnosis | Effects], sweeps: Sequence[SweepLosses]
 
 
 def _abouts(
-    models: Sequence[Model], effects: Sequence[Effects], sweeps: Sequence[SweepLosses]
+    models: Sequence[Model],
+    effects: Sequence[Effects],
+    sweeps: Sequence[SweepLosses],
+    probes: Sequence[ProbeScores],
 ) -> list[tuple[str, dict[str, Any]]]:
     """The provenance of everything that is shown."""
     return [
         *((f"Diagnosis of {model.name}", model.about) for model in models),
         *((f"Interventions on {each.provenance['model']}", each.provenance) for each in effects),
         *((f"Sweep on {each.provenance['data']}", each.provenance) for each in sweeps),
+        *((f"Probes on {each.provenance['model']}", each.provenance) for each in probes),
     ]
 
 
@@ -309,6 +325,16 @@ def _decomposed(losses: SweepLosses, seed: int) -> Iterator[Decomposition]:
     if losses.data.sizes["offset"] > 1:
         for memory in losses.data["memory"].values:
             yield decompose(losses, str(memory), seed=seed)
+
+
+def _probes(scores: ProbeScores, place: int, seed: int) -> dict[str, Any]:
+    """What the page says of probes."""
+    (drawn,) = plots.pictures_of_probes(scores, ["svg"]).values()
+    return {
+        "about": scores.provenance,
+        "table": scores.table(seed),
+        "figures": _inlined({"probes.svg": drawn}, f"p{place}"),
+    }
 
 
 def _inlined(drawn: dict[str, bytes], prefix: str) -> dict[str, str]:
