@@ -15,13 +15,15 @@ demo: $(BASE)  ## answer the question on the bundled model and documents
 		--save build/demo/diagnosis.nc $(UNDETERMINED_IS_FINE)
 
 # Notebooks run as tests, too; each has three minutes.
-NOTEBOOK_TESTS := --nbmake --nbmake-timeout=180
+NOTEBOOKS := --nbmake --nbmake-timeout=180
+FIRST := notebooks/01_first_look.ipynb
 
 test: $(DEV)  ## the fast tests, and the first notebook
-	$(BIN)/python -m pytest $(NOTEBOOK_TESTS) tests notebooks/01_first_look.ipynb
+	$(BIN)/python -m pytest $(NOTEBOOKS) tests $(FIRST)
 
-test-all: $(DEV)  ## every test and notebook
-	$(BIN)/python -m pytest -m "" $(NOTEBOOK_TESTS) tests notebooks
+test-all: test  ## every test and notebook
+	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python -m pytest $(NOTEBOOKS) --ignore=$(FIRST) notebooks
 
 lint: $(DEV)
 	$(BIN)/ruff check .
