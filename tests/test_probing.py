@@ -34,7 +34,7 @@ from loopdiag.probing.states import EMBEDDING, States, collect, points_of, untra
 from loopdiag.probing.suites import token_at
 from loopdiag.scores import SCHEMA, ProbeScores
 
-NEITHER = {"places": 8, "classes": 5, "batch_size": 3}
+SMALL = {"places": 8, "classes": 5, "batch_size": 3}
 
 
 def blobs(seed=0, rows=240, classes=4, width=6, spread=1.0):
@@ -310,7 +310,7 @@ def test_report_documents_change_nothing_but_their_own_scores(suite):
 def test_the_seed_settles_everything():
     """The same seed gives the same numbers, another one others; batches do not matter beyond rounding."""
     model = planted_model()
-    run = {"n_loops": 2, "hooks": ["hook_out"], **NEITHER}
+    run = {"n_loops": 2, "hooks": ["hook_out"], **SMALL}
     first, again, other = (probe(model, CORPUS, TOKENS[1:2], seed=seed, **run) for seed in (0, 0, 1))
     xr.testing.assert_identical(first.data, again.data)
     assert not first.data["score"].equals(other.data["score"])
@@ -515,7 +515,7 @@ def test_refusals(change, message):
     """One message, before the model runs."""
     model = planted_model()
     model.forward = None  # a run would fail otherwise
-    arguments = {"corpus": CORPUS, "suite": "position_identity", **NEITHER, **change}
+    arguments = {"corpus": CORPUS, "suite": "position_identity", **SMALL, **change}
     with pytest.raises(InputError, match=re.compile(message, re.DOTALL)):
         probe(model, **arguments)
 
@@ -530,6 +530,14 @@ def test_a_model_that_cannot_be_read():
     model.tokenizer = None
     with pytest.raises(ScoresError, match="no tokenizer"):
         probe(model, CORPUS, TOKENS)
+
+
+def test_states_that_are_not_finite_are_named():
+    """Of a model that breaks down in its loops."""
+    model = planted_model()
+    model.ln_final.weight.data.fill_(float("inf"))
+    with pytest.raises(ScoresError, match=r"States at loops\.1\.hook_out are not finite"):
+        probe(model, CORPUS, TOKENS[:1], hooks=["hook_out"], **SMALL)
 
 
 def test_hooks_are_listed_by_the_loops_that_have_them():

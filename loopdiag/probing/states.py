@@ -94,6 +94,9 @@ def collect(
         batch_size: Documents of a batch.
         seed: Of the initial state, where a model draws one.
         tell: Called with the documents of each batch that is done.
+
+    Raises:
+        ScoresError: A state is not finite.
     """
     embedding = "prelude.hook_out" if model.cfg.n_prelude else "hook_embed"
     names = {point: embedding if point == EMBEDDING else f"loops.{point[1]}.{point[0]}" for point in points}
@@ -112,7 +115,14 @@ def collect(
         hooks: list[tuple[str | Callable, Callable]] = [(name, keep(point)) for point, name in names.items()]
         model.run_with_hooks(ids, mask, n_loops=n_loops, seed=seed, return_type="last", fwd_hooks=hooks)
         tell(len(batch.names))
-    return {point: np.concatenate(each) for point, each in parts.items()}
+    states = {point: np.concatenate(each) for point, each in parts.items()}
+    for point, each in states.items():
+        if not np.isfinite(each).all():
+            raise ScoresError(
+                f"States at {names[point]} are not finite, so nothing can be read from them: run fewer loops, or in "
+                "float32."
+            )
+    return states
 
 
 def _batches(readings: Sequence[Reading], at: Places, size: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
