@@ -558,7 +558,7 @@ def hand_made(unit="accuracy", loops=(0, 1, 2), trained=1):
     values[0, :, :, 1] = [0.4, 0.4, 0.5][: len(loops)]
     values[0, 0] += 0.1
     values[..., 2] = np.nan
-    values[0, 1, 1] = np.nan
+    values[0, 1, 1:2] = np.nan
     dims = ("target", "hook", "loop", "document")
     about = {
         "schema": SCHEMA,
@@ -668,6 +668,9 @@ def test_information_stands_under_what_is_open():
     assert "hook_in: random weights" not in lines
     np.testing.assert_allclose(lines["left open by the embeddings"], [1, 1, 1])
     assert axes.get_ylabel() == "information (nats per token)"
+    (axes,) = plots.probes(hand_made("information", loops=(2,)))
+    (left_open,) = (each for each in axes.lines if each.get_label() == "left open by the embeddings")
+    assert left_open.get_marker() == "_"
 
 
 def test_the_same_scores_give_the_same_pictures(planted_scores):

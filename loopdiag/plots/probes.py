@@ -70,7 +70,10 @@ def probes(scores: ProbeScores, *, seed: int = 0, figure: FigureBase | None = No
                 dodge = DODGE * (place - (len(looks) - 1) / 2)
                 line(ax, scores.curve("score", target, hook, seed=seed), dodge=dodge, label=hook, **look)
             curve = scores.curve(baseline[0], target, seed=seed)
-            ax.plot(curve.loop, curve.mean, label=baseline[1], **_BASELINE)
+            alone: Style = (
+                {"marker": "_", "markersize": 40} if len(curve.loop) == 1 else {}
+            )  # no line through one point
+            ax.plot(curve.loop, curve.mean, label=baseline[1], **_BASELINE, **alone)
             if informs:
                 ax.axhline(0, color=GREY, linewidth=0.6, zorder=1)
         handles: list[Artist] = [Line2D([], [], label=hook, **look) for hook, look in looks.items()]
