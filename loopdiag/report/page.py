@@ -20,12 +20,8 @@ from loopdiag.bootstrap import DRAWS
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.gaincost import (
     Decomposition,
-    GainCost,
-    Recommendation,
     TrainingRecommendation,
     decompose,
-    gain_cost,
-    recommend,
     recommend_training,
 )
 from loopdiag.gaincost.rule import PRICE, describe
@@ -36,9 +32,9 @@ from loopdiag.measures.definitions import DEFINITIONS, GROUPS
 from loopdiag.report.inline import inline
 from loopdiag.report.lenses import BESIDE, LENSES, class_rows, every_loop, motions, present, rows, span
 from loopdiag.report.shown import LARGE, SMALL, shown_documents
+from loopdiag.report.verdict import Model, caveats, judged
 from loopdiag.results import Result
 from loopdiag.scores import INTERVALS, UNITS, ProbeScores
-from loopdiag.summary import Estimate, labels
 
 # Of the figures, for those who do not see them and above them.
 TITLES = {
@@ -72,25 +68,6 @@ SVG: dict[Any, Any] = {"svg.fonttype": "none", "figure.facecolor": "none", "axes
 SVG |= {"text.parse_math": False}  # a dollar in a name is one
 
 
-@dataclass(frozen=True)
-class Model:
-    """What the page says of one diagnosis.
-
-    Attributes:
-        name: As `summary.labels` tells it from the others.
-        about: Its provenance.
-        curve, recommendation: None where it has no finite exit NLL.
-        why: Why it has no recommendation.
-    """
-
-    name: str
-    diagnosis: Diagnosis
-    about: dict[str, Any]
-    curve: GainCost | None
-    recommendation: Recommendation | None
-    why: str
-
-
 def page(
     diagnoses: Sequence[Diagnosis] = (),
     effects: Sequence[Effects] = (),
@@ -116,15 +93,14 @@ def page(
     """
     if not (diagnoses or effects or sweeps or probes):
         raise ValueError("page: there is nothing to show: give a diagnosis, effects, a sweep, or scores of probes.")
-    models = [
-        _model(name, diagnosis, price, seed) for name, diagnosis in zip(labels(diagnoses), diagnoses, strict=True)
-    ]
+    models = judged(diagnoses, price, seed)
+    answers = [model.verdict.answer if model.verdict else None for model in models]
     loops = every_loop(diagnoses)
     style = _asset("page.css") + "\n" + _loop_rules(loops)
     script = _asset("page.js")
     with matplotlib.rc_context(SVG), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has it
-        drawn = plots.pictures(diagnoses, [model.recommendation for model in models], ["svg"]) if diagnoses else {}
+        drawn = plots.pictures(diagnoses, answers, ["svg"]) if diagnoses else {}
         told = [_sweep(losses, place, price, seed) for place, losses in enumerate(sweeps)]
         read = [_probes(scores, place, seed) for place, scores in enumerate(probes)]
     environment = jinja2.Environment(
@@ -143,9 +119,6 @@ def page(
         models=models,
         loops=loops,
         trained=sorted({model.about["trained_loops"] for model in models}),
-        reason=_reason,
-        evidence=_evidence,
-        at_pick=_at_pick,
         describe=describe,
         figures=_inlined(drawn, "f"),
         left_out=plots.left_out(diagnoses) if diagnoses else {},
@@ -172,29 +145,6 @@ def page(
     )
 
 
-def recommendation(diagnosis: Diagnosis, price: float = PRICE, *, seed: int = 0) -> Recommendation | None:
-    """What a diagnosis recommends; None where there is no finite NLL to recommend from."""
-    readable = "nll_exit" in diagnosis.data and np.isfinite(diagnosis.data["nll_exit"].sel(loop=diagnosis.loops)).all()
-    return recommend(diagnosis, price, seed=seed) if readable else None
-
-
-def caveats(diagnoses: Sequence[Diagnosis]) -> list[str]:
-    """What makes several diagnoses hard to compare."""
-    if len({diagnosis.provenance["corpus_sha256"] for diagnosis in diagnoses}) > 1:
-        return ["the diagnoses are of different documents: lines in one figure differ by them, too"]
-    if len({(diagnosis.provenance["tokens"], diagnosis.provenance["max_tokens"]) for diagnosis in diagnoses}) > 1:
-        return ["the diagnoses read the documents in different tokens: nats per token do not compare"]
-    return []
-
-
-def _model(name: str, diagnosis: Diagnosis, price: float, seed: int) -> Model:
-    about, answer = diagnosis.provenance, recommendation(diagnosis, price, seed=seed)
-    if answer is not None:
-        return Model(name, diagnosis, about, gain_cost(diagnosis, seed=seed), answer, "")
-    absent = about["absent"].get("nll_exit", "the exit NLL of a loop is not finite")
-    return Model(name, diagnosis, about, None, None, absent)
-
-
 def _title(results: Sequence[Result], sweeps: Sequence[SweepLosses]) -> str:
     """The models and what the sweeps trained on; a number of models where their names would fill the page."""
     names = list(dict.fromkeys(each.provenance["model"] for each in results))
@@ -215,56 +165,6 @@ def _abouts(
         *((f"Sweep on {each.provenance['data']}", each.provenance) for each in sweeps),
         *((f"Probes on {each.provenance['model']}", each.provenance) for each in probes),
     ]
-
-
-def _reason(model: Model) -> list[str]:
-    """The numbers that decide, in words: what the pick's last loop brings, and what the next would."""
-    curve, answer = model.curve, model.recommendation
-    assert curve is not None
-    assert answer is not None
-    place = curve.loop.tolist().index(answer.pick)
-    return [
-        _brings(curve, each, answer.price, taken)
-        for each, taken in ((place, True), (place + 1, False))
-        if 1 <= each < len(curve.loop)
-    ]
-
-
-def _brings(curve: GainCost, place: int, price: float, taken: bool) -> str:
-    before, loop = int(curve.loop[place - 1]), int(curve.loop[place])
-    which = f"Loop {loop}" if loop == before + 1 else f"Loops {before + 1} to {loop}"
-    nets = "nets" if loop == before + 1 else "net"
-    would = nets if taken else "would net"
-    ends = span(curve.net.low[place], curve.net.high[place])
-    said = f"{which} {would} {html.number(curve.net.mean[place])} nats per token" + (f" (95 %: {ends})" if ends else "")
-    return f"{said}, at a price of {price * (loop - before):g}."
-
-
-def _evidence(model: Model) -> Iterator[dict[str, Any]]:
-    """The rows of the table under the verdict."""
-    curve, answer = model.curve, model.recommendation
-    assert curve is not None
-    assert answer is not None
-    for place, loop in enumerate(curve.loop.tolist()):
-        yield {
-            "loop": loop,
-            "beyond": loop > curve.trained_loops,
-            "picked": loop == answer.recommended_loops,
-            "cells": [_with_span(each, place) for each in (curve.nll_exit, curve.gain, curve.cost, curve.net)],
-            "ratio": html.number(curve.cost_over_gain[place]),
-        }
-
-
-def _with_span(estimate: Estimate, place: int) -> tuple[str, str]:
-    return html.number(estimate.mean[place]), span(estimate.low[place], estimate.high[place])
-
-
-def _at_pick(model: Model) -> tuple[str, str]:
-    """The exit NLL at the loop count that the rule picks."""
-    curve, answer = model.curve, model.recommendation
-    assert curve is not None
-    assert answer is not None
-    return _with_span(curve.nll_exit, curve.loop.tolist().index(answer.pick))
 
 
 def _missing(about: dict[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
