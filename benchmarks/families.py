@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from loopdiag.diagnosis import Diagnosis
 from loopdiag.files import whole
+from loopdiag.gaincost.lenses import INPUTS
 from loopdiag.model.config import LoopedConfig, Memory
 from loopdiag.sweep import sources
 from loopdiag.sweep.grid import Grid
@@ -30,6 +32,8 @@ from loopdiag.sweep.running import sweep
 SWEEPS = Path(__file__).parent / "sweeps"
 LOOPS = (1, 2, 3, 4)
 RATES = (1.5e-3, 3e-3, 6e-3)
+# Of each diagnosis: what lenses and their rivals read, and what might track the tax.
+SCORED = ("nll_exit", *INPUTS, "withheld", "omega", "omega_relative")
 NARROW = LoopedConfig(
     vocab_size=1,  # the tokenizer's
     d_model=64,
@@ -107,6 +111,15 @@ def _docstrings(source: str) -> Iterator[str]:
                 yield "\n".join(line for line in text.split("\n") if not line.lstrip().startswith((">>>", "...")))
 
 
+def trim(folder: Path) -> None:
+    """Leave in a sweep's diagnoses what scores are made of, as means over layers and heads: a sixth of the bytes."""
+    for file in sorted((folder / "diagnoses").glob("*.nc")):
+        data = Diagnosis.load(file).data
+        if set(data.data_vars) - set(SCORED):
+            there = data[[name for name in SCORED if name in data]]
+            Diagnosis(there.mean([dim for dim in there.dims if dim not in ("document", "loop")])).save(file)
+
+
 def train(family: Family) -> None:
     """Train what is missing of a sweep."""
     folder = SWEEPS / family.name
@@ -126,7 +139,13 @@ def train(family: Family) -> None:
         compiled=True,
     )
     print(f"{family.name}: {len(grid.cells())} models of {planned.recipe.tokens:,} tokens", flush=True)
-    sweep(planned, grid, folder, lambda what, done, of: print(f"  {what} {done}/{of}") if done in (0, of) else None)
+
+    def tell(what: str, done: int, of: int) -> None:
+        if done in (0, of):
+            trim(folder)
+            print(f"  {what} {done}/{of}", flush=True)
+
+    sweep(planned, grid, folder, tell)
 
 
 def main() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import backtest
 import numpy as np
 import pytest
-from families import FAMILIES, Family, docstrings
+from families import FAMILIES, Family, docstrings, trim
 from planted import diagnosis_of
+from synthetic import make
 from test_measured import made_up
 
 from loopdiag.diagnosis import Diagnosis
+from loopdiag.gaincost.decision import predict
 from loopdiag.gaincost.lenses import INPUTS
 from loopdiag.losses import SweepLosses
 from loopdiag.sweep import sources
@@ -272,3 +274,18 @@ def test_natural_text_is_docstrings_without_examples(tmp_path, monkeypatch):
     assert record["source"] == "p"
     assert record["text"].startswith("What it does.")
     assert "code()" not in record["text"]
+
+
+def test_a_trimmed_diagnosis_predicts_the_same(tmp_path):
+    """Lenses and their support are those of the whole one, whose layers and heads they average; once is enough."""
+    whole = make(documents=8)
+    (tmp_path / "diagnoses").mkdir()
+    whole.save(tmp_path / "diagnoses" / "some.nc")
+    trim(tmp_path)
+    file = tmp_path / "diagnoses" / "some.nc"
+    found, written = Diagnosis.load(file), file.stat().st_mtime_ns
+    assert predict(found) == predict(whole)
+    assert {dim for values in found.data.values() for dim in values.dims} == {"document", "loop"}
+    assert found.provenance == whole.provenance
+    trim(tmp_path)
+    assert file.stat().st_mtime_ns == written
