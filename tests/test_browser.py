@@ -1,5 +1,6 @@
 """The page in a browser: it shows, it switches, it explains, and nothing in it runs that a document brought along."""
 
+import importlib.util
 import os
 import shutil
 
@@ -9,12 +10,13 @@ from synthetic import make
 
 from loopdiag.report import page
 
-CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if not (CHROMIUM and CHROMEDRIVER):
+CHROMIUM, CHROMEDRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+NEEDED = {"chromium": CHROMIUM, "chromedriver": CHROMEDRIVER, "selenium": importlib.util.find_spec("selenium")}
+if missing := [name for name, found in NEEDED.items() if not found]:
     if os.environ.get("LOOPDIAG_REQUIRE_BROWSER"):
-        raise RuntimeError("LOOPDIAG_REQUIRE_BROWSER is set, and there is no chromium with chromedriver on the PATH.")
-    pytest.skip("no chromium with chromedriver on the PATH: install them to run these", allow_module_level=True)
-webdriver = pytest.importorskip("selenium.webdriver")
+        raise RuntimeError(f"LOOPDIAG_REQUIRE_BROWSER is set, and there is no {' and no '.join(missing)} here.")
+    pytest.skip(f"pages are not seen in a browser: no {' and no '.join(missing)} here", allow_module_level=True)
+from selenium import webdriver  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
