@@ -11,8 +11,8 @@ time on the processor, which other work on the machine lengthens less.
 - Each row is a whole `diagnose` of that group, its forward included; "states" records and measures nothing.
 - "default" are the default groups without the readouts; "everything" are all groups without the readouts, fixed_point,
   noise and tokens. Fitting translators takes several passes over other documents and is not timed. fixed_point runs the
-  model about twice more, noise a few documents twice more, once in higher precision, and tokens a few once more, however
-  large the corpus is: they have rows of their own.
+  model about twice more, noise a few documents twice more, once in higher precision, and tokens a few once more,
+  however large the corpus is: they have rows of their own.
 
 Goals, on the larger model: default at most 2, everything at most 4. Then, in a fresh process, the peak of resident
 memory above the model for 1, 2 and 4 documents, one at a time: it should not grow. Works on Linux.
