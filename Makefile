@@ -14,17 +14,19 @@ demo: $(BASE)  ## answer the question on the bundled model and documents
 	$(BIN)/loopdiag recommend --figures build/demo/figures --json build/demo/answer.json \
 		--save build/demo/diagnosis.nc $(UNDETERMINED_IS_FINE)
 
-# Notebooks run as tests, too. On busy cores a second thread makes models as small as these several times slower.
-NOTEBOOKS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=180
+# On busy cores a second thread makes models as small as these several times slower: a process for each core instead.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TESTS := --numprocesses auto --dist loadfile tests
+NOTEBOOKS := --nbmake --nbmake-timeout=180
 FIRST := notebooks/01_first_look.ipynb
 
 test: $(DEV)  ## the fast tests, and the first notebook
-	$(BIN)/python -m pytest
-	$(NOTEBOOKS) $(FIRST)
+	$(PYTEST) $(TESTS)
+	$(PYTEST) $(NOTEBOOKS) $(FIRST)
 
 test-all: test  ## every test and notebook
-	$(PYTEST) -m slow tests
-	$(NOTEBOOKS) --ignore=$(FIRST) notebooks
+	$(PYTEST) $(TESTS) -m slow
+	$(PYTEST) $(NOTEBOOKS) --ignore=$(FIRST) notebooks
 
 lint: $(DEV)
 	$(BIN)/ruff check .
