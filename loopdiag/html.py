@@ -19,10 +19,10 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def between(mean: float, low: float, high: float, digits: int = 3) -> str:
-    """A number with its interval, where it has one."""
+    """A number with its interval, where it has one; it does not break over lines."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return number(mean, digits)
-    return f"{number(mean, digits)} [{number(low, digits)}, {number(high, digits)}]"
+    return f"{number(mean, digits)}\u00a0[{number(low, digits)},\u00a0{number(high, digits)}]"
 
 
 class Numbers(Protocol):

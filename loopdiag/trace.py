@@ -71,8 +71,10 @@ class LoopTrace:
         return f"LoopTrace of {self.n_loops} loops: {counted} of up to {pos} tokens, width {d_model}"
 
     def _repr_html_(self) -> str:
+        tokens = self.mask.sum(1).tolist()
+        told = ", ".join(map(str, tokens)) if len(tokens) <= 8 else f"{min(tokens)} to {max(tokens)}"
         rows = [
-            ("tokens of each document", ", ".join(map(str, self.mask.sum(1).tolist()))),
+            ("tokens of each document", told),
             ("loops kept", ", ".join(map(str, self.loops))),
             ("offset", str(self.offset)),
             ("predictions to measure", "yes" if self.readable else "no: it lacks a head or tokens"),

@@ -108,7 +108,7 @@ def test_a_curve_shows_its_numbers_with_their_intervals():
     curve = gain_cost(make(3))
     head, *rows = Page(curve._repr_html_()).cells
     mean, low, high = curve.net.mean[1], curve.net.low[1], curve.net.high[1]
-    assert rows[1][head.index("net gain")] == f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    assert rows[1][head.index("net gain")] == f"{mean:.3f}\u00a0[{low:.3f},\u00a0{high:.3f}]"
     assert rows[2][head.index("cost/gain")] == f"{curve.cost.mean[2] / curve.gain.mean[2]:.2f}"
 
 
@@ -132,7 +132,7 @@ def test_a_sweep_that_has_holes_shows_them_as_dashes():
 def test_numbers_and_intervals():
     assert html.number(float("nan")) == html.number(float("inf")) == "-"
     assert html.number(1.23456, 2) == "1.23"
-    assert html.between(1, 0.5, 1.5, 1) == "1.0 [0.5, 1.5]"
+    assert html.between(1, 0.5, 1.5, 1) == "1.0\u00a0[0.5,\u00a01.5]"
     assert html.between(1, float("nan"), float("nan")) == "1.000"
 
 
