@@ -7,7 +7,7 @@ DEV := $(VENV)/.installed-dev
 # "The data cannot tell" (exit code 3) is an answer, not a failure of make.
 UNDETERMINED_IS_FINE := || [ $$? -eq 3 ]
 
-.PHONY: demo test test-all lint docs notebooks notebooks-run figures saved emergence family families findings probes bench clean
+.PHONY: demo test test-slow test-all lint docs notebooks notebooks-run figures saved emergence family families findings probes bench clean
 
 demo: $(BASE)  ## answer the question on the bundled model and documents
 	mkdir -p build/demo
@@ -24,9 +24,11 @@ test: $(DEV)  ## the fast tests, and the first notebook
 	$(PYTEST) $(TESTS)
 	$(PYTEST) $(NOTEBOOKS) $(FIRST)
 
-test-all: test  ## every test and notebook
+test-slow: $(DEV)  ## the slow tests, and the other notebooks
 	$(PYTEST) $(TESTS) -m slow
 	$(PYTEST) $(NOTEBOOKS) --ignore=$(FIRST) notebooks
+
+test-all: test test-slow  ## every test and notebook
 
 lint: $(DEV)
 	$(BIN)/ruff check .
