@@ -249,10 +249,10 @@ def of_the_best(sweeps: dict[str, SweepLosses]) -> str:
         )
     else:
         said.append(f"Nothing is claimed yet: no row has {CLAIM} trainings and both answers determined.")
-    if few or open_:
-        said.append(
-            f"Not counted: {rows_of(few)} of fewer trainings, and {rows_of(open_)} with an answer that is undetermined."
-        )
+    left_out = [f"{rows_of(few)} of fewer trainings"] if few else []
+    left_out += [f"{rows_of(open_)} with an answer that is undetermined"] if open_ else []
+    if left_out:
+        said.append(f"Not counted: {' and '.join(left_out)}.")
     with_, without = f"loss with offset ({COUNTS} loops)", f"loss without ({COUNTS} loops)"
     heading = ("trained on", "memory", "from", with_, "best with", without, "best without")
     return f"{' '.join(said)}\n\n{table(heading, rows)}"

@@ -34,12 +34,12 @@ class SweepLosses(Result):
     KIND, WRITTEN_BY, SCHEMA, ERROR = "sweep", "loopdiag sweep", SCHEMA, SweepError
 
     def __repr__(self) -> str:
-        about, nll = self.provenance, self.data["nll"]
+        about, nll, seeds = self.provenance, self.data["nll"], self.data.sizes["seed"]
         trained = int(nll.notnull().all("document").sum())
         return (
             f"Sweep on {about['data']}: loops {', '.join(map(str, self.data['loops'].values))}, offsets "
             f"{', '.join(map(str, self.data['offset'].values))}, memory {', '.join(self.data['memory'].values)}, "
-            f"{self.data.sizes['seed']} seeds, {about['recipe']['tokens']:,} tokens each; "
+            f"{seeds} seed{'s' if seeds > 1 else ''}, {about['recipe']['tokens']:,} tokens each; "
             f"{trained} of {nll.size // nll.sizes['document']} places measured"
         )
 
