@@ -127,7 +127,7 @@ def test_the_best_count_moves():
     said = findings.of_the_best(sweeps)
     assert "Of 3 rows with 3 trainings and both answers determined" in said
     assert "higher in 1, lower in 1, and leaves it in 1." in said
-    assert "Not counted: 1 row of fewer trainings, and 1 row with an answer that is undetermined." in said
+    assert "Not counted: 1 row of fewer trainings and 1 row with an answer that is undetermined." in said
     rows = {row[0]: row for row in cells(said)}
     assert (rows["code"][4].split()[0], rows["code"][6].split()[0]) == ("2", "4")
     assert "undetermined" in rows["unigram"][4] + rows["unigram"][6]
