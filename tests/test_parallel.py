@@ -124,6 +124,19 @@ def test_hooks_and_interventions_are_refused():
     model.generate(IDS, 2, schedule="parallel")
 
 
+@torch.no_grad()
+def test_no_more_tokens_than_there_is_room_for():
+    """Refused: the oldest token would be forgotten in silence."""
+    model, past = make_model(), Past()
+    model(IDS[:, :4], past=past)
+    with pytest.raises(InputError, match="longest = 4 leaves no room after the 4 tokens"):
+        ParallelLoops(model, past, 3, longest=4)
+    loops = ParallelLoops(model, past, 3, longest=5)
+    loops.step(IDS[:, 4:5])
+    with pytest.raises(InputError, match="has its 5 tokens"):
+        loops.step(IDS[:, 5:6])
+
+
 def test_a_past_of_no_text_and_a_schedule_of_no_name():
     """Both are refused."""
     with pytest.raises(InputError, match="run the prompt"):

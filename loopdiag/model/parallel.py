@@ -30,7 +30,7 @@ class ParallelLoops:
         longest: Tokens of the longest text to come; memory for them is taken at once.
 
     Raises:
-        InputError: The model cannot be run so, see `check_parallel`, or the past is of no text.
+        InputError: The model cannot be run so, see `check_parallel`, the past is of no text, or as long as `longest`.
 
     Source: arXiv 2510.24824.
     """
@@ -39,8 +39,10 @@ class ParallelLoops:
         check_parallel(model)
         if not past.seen:
             raise InputError("The parallel schedule goes on from a past, and this one is of no text: run the prompt.")
+        if longest <= past.seen:
+            raise InputError(f"longest = {longest} leaves no room after the {past.seen} tokens of the past: give more.")
         cfg = model.cfg
-        self.model, self.seen = model, past.seen
+        self.model, self.seen, self.longest = model, past.seen, longest
         shared, later = cfg.memory == "first", range(2, n_loops + 1)
         remembered = (1,) if shared else (1, *later)
         self.memory = [
@@ -55,8 +57,14 @@ class ParallelLoops:
 
     @torch.no_grad()
     def step(self, input_ids: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch vocab"]:
-        """Run one token of each text; the logits of what follows."""
+        """Run one token of each text; the logits of what follows.
+
+        Raises:
+            InputError: The text is as long as `longest`.
+        """
         model = self.model
+        if self.seen == self.longest:
+            raise InputError(f"The text has its {self.longest} tokens: start with a larger `longest`.")
         layout = Layout.of(model.cfg, input_ids, None, model.embed.weight.dtype, model.rope_table, self.seen)
         start = model.embedded(input_ids)
         x = start

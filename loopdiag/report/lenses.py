@@ -39,15 +39,15 @@ LENSES = (
     ),
     Lens(
         "Readability",
-        "A fitted translator reads what stands in another basis than the head's. What the offset withholds is no cost: "
-        "a loop finds much of it in loop 1's keys and values.",
+        "A fitted translator reads what stands in another basis than the head's. What the offset withholds is not "
+        "by itself a cost: the loop may recover it.",
         ("readouts",),
         ("readability",),
     ),
     Lens(
         "How the states move",
-        "Unrelated states alone turn by about -0.5 (-0.71 at loop 2 when the start is small), so a minus sign is no "
-        "oscillation: read the angle beside that of unrelated states.",
+        "A minus sign is no oscillation: states that have nothing to do with each other turn back, too, often by about "
+        "-0.5. Read the angle beside that of unrelated states.",
         ("motion", "fixed_point", "noise"),
         ("hidden_states",),
     ),
