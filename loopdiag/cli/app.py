@@ -41,6 +41,7 @@ from loopdiag.cli.options import (
     SaveOption,
     SeedOption,
     TokensOption,
+    check_price,
     in_range,
 )
 from loopdiag.cli.output import (
@@ -102,10 +103,7 @@ def recommend(
     Exit codes: 0 answered, 1 failed while running, 2 wrong input, 3 the data cannot tell how many loops to run.
     """
     with reported_errors():
-        if not (math.isfinite(price) and price >= 0):
-            raise InputError(
-                f"--price {price} is out of range: allowed is a number >= 0, in nats per token and loop. Try 0.01."
-            )
+        check_price(price)
         to_json = json_file(json, save, Path(model), Path(model) / SWEEP, of="--json, --save and what is read")
         check_outputs(to_json, save, folder=figures, quiet=quiet)
         checkpoint = Checkpoint(model, revision, offline, device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -92,3 +93,10 @@ def in_range(flag: str, value: int | None, least: int, most: int | None = None) 
     if value is not None and (value < least or (most is not None and value > most)):
         allowed = f"{least} to {most}" if most else f"{least} or more"
         raise InputError(f"{flag} {value} is out of range: allowed {allowed}.")
+
+
+def check_price(price: float) -> None:
+    if not (math.isfinite(price) and price >= 0):
+        raise InputError(
+            f"--price {price} is out of range: allowed is a number >= 0, in nats per token and loop. Try 0.01."
+        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopdiag.cli.options import PriceOption, QuietOption
+from loopdiag.cli.options import PriceOption, QuietOption, check_price
 from loopdiag.cli.output import check_outputs, note, reported_errors, stderr, stdout
 from loopdiag.cli.runs import SWEEP, kind_of
 from loopdiag.errors import InputError
@@ -39,10 +38,7 @@ def report(
     Several diagnoses stand side by side. The page loads nothing from elsewhere.
     """
     with reported_errors():
-        if not (math.isfinite(price) and price >= 0):
-            raise InputError(
-                f"--price {price} is out of range: allowed is a number >= 0, in nats per token and loop. Try 0.01."
-            )
+        check_price(price)
         files = [given / SWEEP if given.is_dir() else given for given in saved]
         places = [file.resolve() for file in files]
         if out.resolve() in places:

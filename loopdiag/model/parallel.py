@@ -72,6 +72,7 @@ class ParallelLoops:
             arriving = self.carries[:, :, 0]
             x = torch.cat((start, model.injected(start.expand_as(arriving), arriving)), dim=1)  # [text, loop, d_model]
         for layer, block in enumerate(model.blocks):
+            # A ModuleList does not know of what kind its modules are.
             x = self._layer(block, x, layout, layer)  # type: ignore[arg-type]
         if self.carries is not None:
             handed = x[:, :-1]
