@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,7 @@ from loopdiag.measures.similarity import LayerSimilarity
 from loopdiag.measures.tokens import by_token
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.dtypes import higher_precision
+from loopdiag.parts import Parts
 from loopdiag.readouts import RECORDINGS, Readouts, fit_readouts
 from loopdiag.results import Result, about_machine, about_model
 from loopdiag.trace import ForeignModel, LoopTrace, kept_loops, record, with_maps
@@ -173,6 +177,7 @@ def diagnose(
     batch_size: int = 8,
     seed: int = 0,
     measures: Collection[str] = ("default",),
+    parts: Parts | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Diagnosis:
     """Measure a model, loop by loop.
@@ -191,11 +196,16 @@ def diagnose(
         seed: Of the order of the `fit` documents, and of the initial state of models that start from a random one.
         measures: Groups of measures, of `loopdiag.measures.GROUPS`, `default` or `all`; what is not asked for is not
             computed. The readouts, whose translators are fitted, are the slowest.
+        parts: Where to keep what is measured, batch by batch, for a run that is stopped and goes on, and for processes
+            that share one: each returns the whole result. The numbers are the same to the bit. `pooled` keeps two
+            moments of all states of each batch there, which are large.
         progress: Called with (what is being done, documents done, of how many; fitting counts each several times).
 
     Raises:
         ValueError: `n_loops` below 1, or `at` that does not rise from 1 to it.
-        DiagnosisError: No tokenizer, `max_tokens` beyond the model, or a subset of the loops of a `ForeignModel`.
+        DiagnosisError: No tokenizer, `max_tokens` beyond the model, or a subset of the loops or parts of a
+            `ForeignModel`.
+        PartsError: `parts` are of other numbers.
         InputError: An unknown group of measures.
 
     Example:
@@ -215,13 +225,12 @@ def diagnose(
     kept = kept_loops(n_loops, at)
     if isinstance(model, ForeignModel) and at is not None:
         raise DiagnosisError("at is for models of this toolkit: a ForeignModel records all loops that it runs.")
+    if isinstance(model, ForeignModel) and parts is not None:
+        raise DiagnosisError("parts is for models of this toolkit: nothing tells two ForeignModels apart.")
     max_tokens = checked_max_tokens(model, corpus, max_tokens, DiagnosisError)
     fit, report = (tokenize(half, model.tokenizer, max_tokens) for half in (corpus.fit, corpus.report))
-    run = _Run(model, n_loops, at, batch_size, seed, groups, report, progress)
-    fitted = run.fit_readouts(fit) if "readouts" in groups else None
-    thresholds = run.exit_rules(fit) if "exit_rules" in groups and fit else {}
-    found, shown, missing = run.measure(fitted)
-    provenance = {
+    run = _Run(model, n_loops, at, batch_size, seed, groups, report, parts, progress)
+    about = {
         "schema": SCHEMA,
         "model": model.source,
         **_identity(model),
@@ -229,7 +238,6 @@ def diagnose(
         "run_loops": n_loops,
         "measured_loops": list(kept),
         "measures": list(groups),
-        "absent": {name: why for name, why in missing.items() if name not in thresholds},
         "corpus": corpus.name,
         "corpus_sha256": corpus.fingerprint,
         "documents": len(report),
@@ -239,12 +247,21 @@ def diagnose(
         "tokens": sum(len(document.input_ids) - 1 for document in report),
         "max_tokens": max_tokens,
         "rank_tokens": run.rank_tokens,
-        "ridges": {f"{kind} {loop}": ridge for (kind, loop), ridge in sorted(fitted.ridges.items())}
-        if fitted
-        else None,
         "seed": seed,
         "batch_size": batch_size,
         **about_machine(),
+    }
+    # The tokenizer is neither among the weights nor in the configuration.
+    ids = json.dumps([document.input_ids for document in (*fit, *report)]).encode()
+    with nullcontext() if parts is None else parts.claimed(about | {"tokens_sha256": hashlib.sha256(ids).hexdigest()}):
+        fitted = run.fit_readouts(fit) if "readouts" in groups else None
+        thresholds = run.exit_rules(fit) if "exit_rules" in groups and fit else {}
+        found, shown, missing = run.measure(fitted)
+    provenance = about | {
+        "absent": {name: why for name, why in missing.items() if name not in thresholds},
+        "ridges": {f"{kind} {loop}": ridge for (kind, loop), ridge in sorted(fitted.ridges.items())}
+        if fitted
+        else None,
     }
     arrays = {name: values.double().cpu().numpy() for name, values in (found | thresholds).items()}
     return Diagnosis(_dataset(arrays | shown, report, (0, *kept), run, provenance))
@@ -262,10 +279,11 @@ class _Run:
         seed: int,
         groups: tuple[str, ...],
         report: Sequence[TokenDocument],
+        parts: Parts | None,
         progress: Callable[[str, int, int], None] | None,
     ) -> None:
         self.model, self.n_loops, self.at, self.batch_size, self.seed = model, n_loops, at, batch_size, seed
-        self.groups, self.report = groups, report
+        self.groups, self.report, self.parts = groups, report, parts
         self.rank_tokens = matched_tokens(len(document.input_ids) for document in report)
         self.longest = max(len(document.input_ids) for document in report)
         self.shown = spread(report, SHOWN_DOCUMENTS)
@@ -276,6 +294,7 @@ class _Run:
             self.token_class = token_classes(model.tokenizer, vocabulary), len(TOKEN_CLASSES)
         self._tell = progress or (lambda what, done, of: None)
         self._done: dict[str, int] = {}
+        self.last: LoopTrace | None = None
 
     def batches(self, documents: Sequence[TokenDocument], what: str, of: int) -> Iterator[Batch]:
         """Batches of documents, counted as done when the next is asked for."""
@@ -283,6 +302,29 @@ class _Run:
             yield batch
             self._done[what] = self._done.get(what, 0) + len(batch.names)
             self._tell(what, self._done[what], of)
+
+    def taken(
+        self, what: str, documents: Sequence[TokenDocument], of_batch: Callable[[Batch], dict[str, Tensor]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """What is taken from each batch, in their order, on the CPU; parts are read when all are there."""
+
+        def made(batch: Batch) -> dict[str, Tensor]:
+            return {name: values.cpu() for name, values in of_batch(batch).items()}
+
+        if self.parts is None:
+            yield from map(made, self.batches(documents, what, len(documents)))
+            return
+        named = {
+            f"{what.replace(' ', '-')}-{index:05}": batch
+            for index, batch in enumerate(batches(documents, self.batch_size))
+        }
+        for name in self.parts.share(list(named)):
+            self.parts[name] = made(named[name])
+            self._tell(what, sum(len(named[each].names) for each in named if each in self.parts), len(documents))
+        self.parts.meet()
+        self._tell(what, len(documents), len(documents))
+        for name in named:
+            yield self.parts[name]
 
     def record(self, batch: Batch, **watching: Any) -> LoopTrace:
         if isinstance(self.model, ForeignModel):
@@ -292,12 +334,17 @@ class _Run:
                     f"{self.model.source} was asked for {self.n_loops} loops, and recorded {len(trace.raw) - 1}: its "
                     "`record` must run as many as it is asked for."
                 )
-            return trace
-        return record(self.model, batch, self.n_loops, at=self.at, seed=self.seed, **watching)
+        else:
+            trace = record(self.model, batch, self.n_loops, at=self.at, seed=self.seed, **watching)
+        self.last = trace
+        return trace
 
     def fit_readouts(self, fit: Sequence[TokenDocument]) -> Readouts | None:
         """Translators; None where there is nothing to read, or nothing to fit on."""
-        if not fit or not self.record(next(batches(fit, 1))).readable:
+        if not fit:
+            return None
+        first = self.record(next(batches(fit, 1)))
+        if not first.readable:
             return None
 
         def traces(documents: Sequence[TokenDocument]) -> Iterator[LoopTrace]:
@@ -305,38 +352,33 @@ class _Run:
                 yield self.record(batch)
 
         order = np.random.default_rng(self.seed).permutation(len(fit))
-        return fit_readouts([fit[index] for index in order], traces)
+
+        def fitted() -> Readouts:
+            return fit_readouts([fit[index] for index in order], traces)
+
+        if self.parts is None:
+            return fitted()
+        kept = self.parts.once("readouts", lambda: fitted().tensors())
+        return Readouts.of({name: value.to(first.raw.device) for name, value in kept.items()})
 
     def exit_rules(self, fit: Sequence[TokenDocument]) -> dict[str, Tensor]:
         """The exit rules' means over the documents on which thresholds are chosen."""
-        parts = [
-            take(self.record(batch), ("exit_rules",), self.rank_tokens)
-            for batch in self.batches(fit, "exit rules", len(fit))
-        ]
+
+        def of_batch(batch: Batch) -> dict[str, Tensor]:
+            return take(self.record(batch), ("exit_rules",), self.rank_tokens)
+
+        parts = list(self.taken("exit rules", fit, of_batch))
         return {f"{name}_fit": torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
 
     def measure(self, fitted: Readouts | None) -> tuple[dict[str, Tensor], dict[str, np.ndarray], dict[str, str]]:
         """Every measure over the report documents, a few of them token by token, and why some are missing."""
         ours = None if isinstance(self.model, ForeignModel) else self.model
         pooled = PooledRank() if "pooled" in self.groups else None
-        parts: list[dict[str, Tensor]] = []
-        for batch in self.batches(self.report, "measuring", len(self.report)):
-            watching: dict[str, AttentionMeasures | LayerSimilarity] = {}
-            if ours is not None and {"attention", "attention_pairs", "heads"} & set(self.groups):
-                watching["on_attention"] = AttentionMeasures(self.groups)
-            if ours is not None and "layers" in self.groups:
-                watching["on_layer"] = LayerSimilarity(self.rank_tokens, ours.ln_final)
-            trace = self.record(batch, **watching)
-            if ours is not None and "fixed_point" in self.groups:
-                trace = with_maps(ours, batch, trace, seed=self.seed)
-            part = take(trace, self.groups, self.rank_tokens, self.longest, self.token_class)
-            for watch in watching.values():
-                part |= watch.result()
-            if fitted is not None:
-                part |= fitted.measure(trace)
+        parts = []
+        for part in self.taken("measuring", self.report, partial(self.of_batch, fitted)):
             if pooled is not None:
-                pooled.add(trace)
-            parts.append({name: values.cpu() for name, values in part.items()})
+                pooled.add({name: part.pop(name) for name in [*part] if name.startswith("pooled_")})
+            parts.append(part)
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if pooled is not None:
             found |= pooled.result()
@@ -345,16 +387,39 @@ class _Run:
             if "motion_label" in found and self.n_loops > 2:
                 lost = found["step_size"][:, -1] <= motion.ABOVE_NOISE * found["noise_step"][:, -1].nanmean()
                 found["motion_label"][lost] = float("nan")
-        shown = self.tokens() if "tokens" in self.groups and trace.readable else {}
+        shown = self.tokens() if "tokens" in self.groups else {}
+        # Where a stopped run left everything, nothing was recorded.
+        trace = self.record(next(batches(self.report, 1))) if self.last is None else self.last
         return found, shown, absent(trace, {*found, *shown}, self.groups)
 
+    def of_batch(self, fitted: Readouts | None, batch: Batch) -> dict[str, Tensor]:
+        """Every measure of a batch, with the document first, and the moments that `pooled` needs."""
+        ours = None if isinstance(self.model, ForeignModel) else self.model
+        watching: dict[str, AttentionMeasures | LayerSimilarity] = {}
+        if ours is not None and {"attention", "attention_pairs", "heads"} & set(self.groups):
+            watching["on_attention"] = AttentionMeasures(self.groups)
+        if ours is not None and "layers" in self.groups:
+            watching["on_layer"] = LayerSimilarity(self.rank_tokens, ours.ln_final)
+        trace = self.record(batch, **watching)
+        if ours is not None and "fixed_point" in self.groups:
+            trace = with_maps(ours, batch, trace, seed=self.seed)
+        found = take(trace, self.groups, self.rank_tokens, self.longest, self.token_class)
+        for watch in watching.values():
+            found |= watch.result()
+        if fitted is not None:
+            found |= fitted.measure(trace)
+        if "pooled" in self.groups:
+            found |= PooledRank.moments(trace)
+        return found
+
     def tokens(self) -> dict[str, np.ndarray]:
-        """A few documents of different sources, token by token."""
-        documents = [
-            document
-            for batch in batches([self.report[index] for index in self.shown], self.batch_size)
-            for document in by_token(self.record(batch), self.model.tokenizer)
-        ]
+        """A few documents of different sources, token by token; nothing where they cannot be read."""
+        documents = []
+        for batch in batches([self.report[index] for index in self.shown], self.batch_size):
+            trace = self.record(batch)
+            if not trace.readable:
+                return {}
+            documents += by_token(trace, self.model.tokenizer)
         longest = max(len(document.text) for document in documents)
         size = (len(documents), len(documents[0].loops), longest)
         text, top = np.full((size[0], longest), "", object), np.full(size, "", object)

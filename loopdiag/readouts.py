@@ -14,9 +14,9 @@ Training is streamed: states are recorded again in every pass and never kept.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +56,14 @@ def _inputs(trace: LoopTrace) -> Iterator[tuple[Named, Tensor, Tensor | None]]:
 class Translator(nn.Module):
     """An affine map on standardised inputs; see the module's text."""
 
+    mean: Tensor
+    std: Tensor
+    scale: Tensor
+
     def __init__(self, mean: Tensor, std: Tensor, scale: Tensor, adds: bool) -> None:
         super().__init__()
-        self.mean, self.std, self.scale = mean, std, scale
+        for name, value in (("mean", mean), ("std", std), ("scale", scale)):
+            self.register_buffer(name, value)
         self.A = nn.Parameter(mean.new_zeros(len(mean), len(mean)))
         self.c = nn.Parameter(torch.zeros_like(mean) if adds else mean / scale)
 
@@ -78,6 +83,29 @@ class Readouts:
 
     translators: dict[Named, Translator]
     ridges: dict[Named, float]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was fitted, by name; `of` makes the same readouts of it."""
+        found: dict[str, Tensor] = {}
+        for (kind, loop), translator in self.translators.items():
+            values = translator.state_dict() | {"ridge": torch.tensor(self.ridges[kind, loop], dtype=torch.float64)}
+            found |= {f"{kind} {loop} {name}": value for name, value in values.items()}
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """What `tensors` told."""
+        named: defaultdict[Named, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in tensors.items():
+            kind, loop, name = key.split()
+            named[kind, int(loop)][name] = value
+        ridges = {which: float(values.pop("ridge")) for which, values in named.items()}
+        translators = {}
+        for which, values in named.items():
+            translator = Translator(values["mean"], values["std"], values["scale"], adds=which[0] == "exit")
+            translator.load_state_dict(values)
+            translators[which] = translator
+        return cls(translators, ridges)
 
     def measure(self, trace: LoopTrace) -> dict[str, Float[Tensor, "document loop"]]:
         """`nll_usable` (loops 0..R) and, with an offset, `withheld` (loops 2..R, NaN before), in nats per token.

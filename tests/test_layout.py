@@ -14,7 +14,7 @@ PACKAGE = Path(loopdiag.__file__).parent
 
 # A room may import what stands to its left, and itself. `files`, `html` and `bootstrap` are for all.
 ROOMS = (
-    *("errors", "files", "html", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "results"),
+    *("errors", "files", "html", "bootstrap", "corpus", "model", "trace", "measures", "readouts", "results", "parts"),
     *("diagnosis", "losses", "summary", "scores", "gaincost", "plots", "report", "cli"),
 )
 # Side rooms use what stands left of gaincost, and only report and cli use them.

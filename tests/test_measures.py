@@ -516,7 +516,7 @@ def pooled(*traces):
     """Ranks of all documents of some batches."""
     ranks = PooledRank()
     for trace in traces:
-        ranks.add(trace)
+        ranks.add(ranks.moments(trace))
     return ranks.result()
 
 
@@ -560,12 +560,12 @@ def test_pooled_rank_is_only_looked_at():
     states = torch.randn(3, 2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states[1, 0, 0, 0] = torch.inf
     ranks = PooledRank()
-    ranks.add(trace_of(states))
+    ranks.add(ranks.moments(trace_of(states)))
     first = ranks.result()
     assert_all_same(ranks.result(), first)
     for values in first.values():
         assert values.isnan().tolist() == [False, True, False]
-    ranks.add(trace_of(states.nan_to_num(posinf=0.0)))
+    ranks.add(ranks.moments(trace_of(states.nan_to_num(posinf=0.0))))
     assert ranks.result()["effective_rank_pooled"].isnan().tolist() == [False, True, False]
 
 

@@ -100,29 +100,34 @@ def document_rank(
 
 
 class PooledRank:
-    """Ranks of all documents' real tokens together, gathered batch by batch: `add` each trace, then `result`.
+    """Ranks of all documents' real tokens together, gathered batch by batch: `add` the moments of each, then `result`.
 
-    Of the states only their sum and second moment are kept, in float64. One number per loop and no interval: documents
-    cannot be drawn again.
+    One number per loop and no interval: documents cannot be drawn again.
     """
 
     def __init__(self) -> None:
-        self._tokens = 0
-        self._sum: Tensor | None = None  # [loop, d_model]
-        self._moment: Tensor | None = None  # [loop, d_model, d_model]
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, trace: LoopTrace) -> None:
-        """Take in a batch."""
+    @staticmethod
+    def moments(trace: LoopTrace) -> dict[str, Tensor]:
+        """All that is kept of a batch: tokens, and in float64 the states' sums [loop, d_model] and second moments."""
         states = trace.normed
         loops, width = len(states), states.shape[-1]
-        if self._sum is None or self._moment is None:
-            self._sum = states.new_zeros(loops, width, dtype=torch.float64)
-            self._moment = states.new_zeros(loops, width, width, dtype=torch.float64)
-        self._tokens += int(trace.mask.sum())
+        total = states.new_zeros(loops, width, dtype=torch.float64)
+        moment = states.new_zeros(loops, width, width, dtype=torch.float64)
         for loop in range(loops):  # one at a time: in float64 they are large
             h = states[loop, trace.mask].double()
-            self._sum[loop] += h.sum(0)
-            self._moment[loop].addmm_(h.T, h)
+            total[loop] = h.sum(0)
+            torch.mm(h.T, h, out=moment[loop])
+        return {"pooled_tokens": trace.mask.sum(), "pooled_sum": total, "pooled_moment": moment}
+
+    def add(self, moments: dict[str, Tensor]) -> None:
+        """Take in the moments of a batch."""
+        for name, value in moments.items():
+            if name in self._sums:
+                self._sums[name] += value
+            else:
+                self._sums[name] = value.clone()
 
     def result(self) -> dict[str, Float[Tensor, " loop"]]:
         """`effective_rank_pooled`, `effective_rank_centred_pooled`, `participation_ratio_pooled`; loops 0..R.
@@ -132,14 +137,15 @@ class PooledRank:
         Raises:
             ValueError: No batch was added.
         """
-        if self._sum is None or self._moment is None:
+        if not self._sums:
             raise ValueError("PooledRank: no batch was added, so there is nothing to rank.")
+        tokens, total, moment = (self._sums[f"pooled_{name}"] for name in ("tokens", "sum", "moment"))
         # What is not finite has no spectrum.
-        finite = self._moment.flatten(1).isfinite().all(1)
-        moment = self._moment.where(finite[:, None, None], 0)
-        mean = self._sum.where(finite[:, None], 0) / self._tokens
+        finite = moment.flatten(1).isfinite().all(1)
+        moment = moment.where(finite[:, None, None], 0)
+        mean = total.where(finite[:, None], 0) / tokens
         raw = torch.linalg.eigvalsh(moment).clamp_min(0).sqrt()
-        centred = moment - self._tokens * mean[:, :, None] * mean[:, None, :]
+        centred = moment - tokens * mean[:, :, None] * mean[:, None, :]
         spectrum = torch.linalg.eigvalsh(centred).clamp_min(0).sqrt()
         return {
             "effective_rank_pooled": _spread(raw),
