@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, Literal, get_args
 
 Injection = Literal["none", "add", "concat"]
@@ -21,6 +22,24 @@ CHOICES: dict[str, Any] = {
     "norms": Norms,
     "rope_pairs": RopePairs,
 }
+# Smallest and largest value of what is counted. Far above every model there is, and small enough that no product of
+# them overflows and a model of them is put together (without weights) in seconds.
+COUNTS = {
+    "vocab_size": (1, 2**24),
+    "d_model": (1, 2**18),
+    "n_layers": (1, 2**9),
+    "n_heads": (1, 2**12),
+    "n_kv_heads": (1, 2**12),
+    "d_head": (1, 2**14),
+    "d_mlp": (1, 2**20),
+    "n_ctx": (1, 2**31),
+    "n_loops": (1, 2**12),
+    "window": (1, 2**31),
+    "n_prelude": (0, 2**9),
+    "n_coda": (0, 2**9),
+    "offset": (0, 2**31),
+}
+MOST_PASSES = 2**12  # through layers, in the loops of a run as trained
 
 
 @dataclass(frozen=True)
@@ -139,13 +158,11 @@ class LoopedConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in (
-            *("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads"),
-            *("d_head", "d_mlp", "n_ctx", "n_loops", "window"),
-        ):
-            _require(name, getattr(self, name), _is_int(getattr(self, name), 1), "an integer >= 1")
-        for name in ("n_prelude", "n_coda", "offset"):
-            _require(name, getattr(self, name), _is_int(getattr(self, name), 0), "an integer >= 0")
+        for name, (least, most) in COUNTS.items():
+            value = getattr(self, name)
+            _require(name, value, _is_int(value, least) and value <= most, f"an integer from {least} to {most}")
+        passes = self.n_layers * self.n_loops
+        _require("n_layers * n_loops", passes, passes <= MOST_PASSES, f"at most {MOST_PASSES}")
         for name, allowed in CHOICES.items():
             choices = get_args(allowed)
             _require(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
@@ -187,9 +204,9 @@ def _is_int(value: Any, least: int) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _require(name: str, value: Any, fits: bool, allowed: str) -> None:
     if not fits:
-        raise ValueError(f"LoopedConfig: {name} = {value!r} is not allowed: it must be {allowed}.")
+        raise ValueError(f"LoopedConfig: {name} = {short(value)} is not allowed: it must be {allowed}.")

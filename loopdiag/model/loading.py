@@ -27,9 +27,11 @@ from loopdiag.model.dtypes import STORED, as_dtype
 from loopdiag.model.saving import INDEX, WEIGHTS
 
 BUNDLED = Path(str(files("loopdiag.model") / "bundled"))
+LARGEST_JSON = 2**26  # bytes; the index of a model in thousands of tensors has less than a hundredth
 # Bytes that are read at a time. A file's pages count as memory of the process until it is closed, so it is opened anew
 # for each piece.
 PIECE = 2**26
+SHARD = re.compile(r"[\w.-]+\.safetensors")
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
     *("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -62,8 +64,8 @@ def load(
 ) -> LoopedLM:
     """Load a looped model for measurement (in eval mode, without gradients).
 
-    Everything that can be wrong with the files is found before a weight is read. Beside the model itself no more than a
-    piece of one tensor is in memory at a time.
+    What can be wrong with the files is found before a weight is read, but for weights that are not finite. Beside the
+    model itself no more than a piece of one tensor is in memory at a time.
 
     Args:
         model: A bundled name (`bundled_models()`), a folder with `config.json` and safetensors, or a hub id
@@ -76,7 +78,8 @@ def load(
 
     Raises:
         InputError: The model is unknown; its files are missing, damaged, of an unsupported family, with settings that
-            are not built, or of another shape than the configuration says; or the dtype is none that models run in.
+            are not built, of another shape than the configuration says, or with numbers that are not finite; or the
+            dtype is none that models run in.
 
     Example:
         >>> model = load("tiny-plt-4")
@@ -180,14 +183,19 @@ def read_config(folder: Path) -> tuple[LoopedConfig, ModuleType]:
         return family.read_config(keys), family
     except KeyError as missing:
         raise LoadError(f"{file}: the key {missing} is missing; {family.MODEL_TYPE} needs it.") from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise LoadError(f"{file}: {error}") from None
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise LoadError(f"{file} has {size:,} bytes: allowed are {LARGEST_JSON:,}. It is none of a model's.")
         keys = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise LoadError(f"{file} cannot be read: {error.strerror}.") from None
+    # Broken, not UTF-8, nested without end, or with a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"{file} is not readable as JSON: {error}.") from None
     if not isinstance(keys, dict):
         raise LoadError(f"{file} holds a {type(keys).__name__}: it must be a JSON object.")
@@ -246,8 +254,10 @@ def _shards(folder: Path) -> list[str]:
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise LoadError(f"{folder / INDEX} has no weight_map from tensors to files.")
     names = sorted(set(shards.values()))
-    if strangers := [name for name in names if Path(name).name != name]:
-        raise LoadError(f"{folder / INDEX} points out of its folder: {_few(strangers)}.")
+    if strangers := [name for name in names if not SHARD.fullmatch(name)]:
+        raise LoadError(
+            f"{folder / INDEX} names {_few([repr(name) for name in strangers])}: allowed are safetensors files of its own folder, by their name."
+        )
     return names
 
 
@@ -260,6 +270,8 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         raise LoadError(f"{folder} has no weights: {WEIGHTS} (or its index) is missing.{hint}")
     held: list[tuple[str, Path]] = []
     for name in names:
+        if not os.path.isfile(folder / name):  # a pipe would be waited for
+            raise LoadError(f"{folder / name} is damaged, cut short or missing: there is no such file.")
         try:
             with safe_open(folder / name, framework="pt") as file:
                 held += [(tensor, folder / name) for tensor in file.keys()]  # noqa: SIM118 (it is no dict)
@@ -284,13 +296,19 @@ def _rows(sources: dict[str, Path], name: str, rows: slice) -> Tensor:
 def _read(
     sources: dict[str, Path], source: str | Rows, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """One of our tensors, piece by piece into `dtype` on `device`."""
+    """One of our tensors, piece by piece into `dtype` on `device`; refused where a number is not finite."""
     name, first, stored = _name(source), 0, tuple(shape)
     if isinstance(source, Rows):
         first, stored = source.start, (source.stop - source.start, *source.shape[1:])
     whole = torch.empty(stored, dtype=dtype, device=device)
     for rows in _pieces(stored):
         whole[rows] = _rows(sources, name, slice(first + rows.start, first + rows.stop))
+    if not all(end.isfinite() for end in whole.aminmax()):
+        wider = " Where the stored ones are finite, load them in float32 or bfloat16." if dtype == torch.float16 else ""
+        raise LoadError(
+            f"{sources[name]}: {name} holds numbers that are NaN or infinite as {str(dtype).removeprefix('torch.')}: "
+            f"allowed are finite ones. Get the file again from where it came.{wider}"
+        )
     return whole.reshape(tuple(shape))
 
 

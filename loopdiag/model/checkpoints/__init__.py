@@ -16,6 +16,7 @@ docs/models.md says how to add one.
 
 from __future__ import annotations
 
+from reprlib import repr as short
 from types import ModuleType
 from typing import Any
 
@@ -54,4 +55,4 @@ def family_of(keys: dict[str, Any]) -> ModuleType:
         if model_type == family.MODEL_TYPE and getattr(family, "claims", lambda keys: True)(keys):
             return family
     supported = ", ".join(dict.fromkeys(family.MODEL_TYPE for family in FAMILIES))
-    raise ValueError(f"model_type {model_type!r} is not supported; supported are {supported}.")
+    raise ValueError(f"model_type {short(model_type)} is not supported; supported are {supported}.")

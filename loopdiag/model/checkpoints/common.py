@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
-from loopdiag.model.config import LoopedConfig, RopeScaling
+from loopdiag.model.config import COUNTS, LoopedConfig, RopeScaling
 
 Keys = Mapping[str, Any]
+LARGEST_COUNT = max(most for _, most in COUNTS.values())  # what each may be, `LoopedConfig` knows
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,25 @@ def kept(keys: Keys, name: str, kind: type | tuple[type, ...], allowed: str) -> 
         KeyError: It is missing.
         ValueError: It is of another kind.
     """
-    if not isinstance(keys[name], kind):
-        raise ValueError(f"{name} = {keys[name]!r} is not allowed: it must be {allowed}.")
+    if not isinstance(keys[name], kind) or (isinstance(keys[name], bool) and kind is not bool):
+        raise ValueError(f"{name} = {short(keys[name])} is not allowed: it must be {allowed}.")
     return keys[name]
 
 
 def number(keys: Keys, name: str) -> float:
     """A number, refused as in `kept`."""
-    return float(kept(keys, name, (int, float), "a number"))
+    value = kept(keys, name, (int, float), "a number")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} = {short(value)} is not allowed: it must be a finite number.")
+    return float(value)
+
+
+def count(keys: Keys, name: str) -> int:
+    """An integer from 1 on, refused as in `kept`."""
+    value = kept(keys, name, int, "an integer >= 1")
+    if not 1 <= value <= LARGEST_COUNT:
+        raise ValueError(f"{name} = {short(value)} is not allowed: it must be an integer from 1 to {LARGEST_COUNT}.")
+    return value
 
 
 ROPE_KEYS = {
@@ -62,7 +76,7 @@ def refuse_unbuilt(keys: Keys, built: Mapping[str, tuple[Any, ...]]) -> None:
     """
     for key, allowed in built.items():
         if key in keys and keys[key] not in allowed:
-            raise ValueError(f"{key} = {keys[key]!r} is not built: allowed is {' or '.join(map(repr, allowed))}.")
+            raise ValueError(f"{key} = {short(keys[key])} is not built: allowed is {' or '.join(map(repr, allowed))}.")
 
 
 def rotary(keys: Keys) -> dict[str, Any]:
@@ -99,14 +113,14 @@ def llama_sizes(keys: Keys) -> dict[str, Any]:
         ValueError: A setting that is not built.
     """
     refuse_unbuilt(keys, LLAMA_BUILT)
-    heads = kept(keys, "num_attention_heads", int, "an integer")
+    heads = count(keys, "num_attention_heads")
     return {
         "vocab_size": keys["vocab_size"],
         "d_model": keys["hidden_size"],
         "n_layers": keys["num_hidden_layers"],
         "n_heads": heads,
         "n_kv_heads": keys.get("num_key_value_heads") or heads,
-        "d_head": keys.get("head_dim") or kept(keys, "hidden_size", int, "an integer") // max(1, heads),
+        "d_head": keys.get("head_dim") or count(keys, "hidden_size") // heads,
         "d_mlp": keys["intermediate_size"],
         "n_ctx": keys["max_position_embeddings"],
         "norm_eps": keys["rms_norm_eps"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from loopdiag.model.checkpoints.common import Keys, Names, Rows, refuse_unbuilt
+from loopdiag.model.checkpoints.common import Keys, Names, Rows, count, number, refuse_unbuilt
 from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "huginn_raven"
@@ -35,7 +35,7 @@ def sizes(keys: Keys) -> dict[str, Any]:
         "n_coda": keys["n_layers_in_coda"],
         "n_heads": keys["n_heads"],
         "n_kv_heads": keys.get("num_key_value_heads") or keys["n_heads"],
-        "d_head": keys["n_embd"] // keys["n_heads"],
+        "d_head": count(keys, "n_embd") // count(keys, "n_heads"),
         "d_mlp": keys["intermediate_size"],
         "n_loops": keys["mean_recurrence"],
     }
@@ -60,7 +60,7 @@ def read_config(keys: Keys) -> LoopedConfig:
         norm_between_loops=False,
         norm_before_coda=True,
         qk_bias=keys["qk_bias"],
-        rope_base=float(keys["rope_base"]),
+        rope_base=number(keys, "rope_base"),
         rope_pairs="adjacent",
         rope_table=True,
         norm_eps=keys["norm_eps"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loopdiag.model.checkpoints.common import Keys, Names, llama_names, llama_sizes, number
+from loopdiag.model.checkpoints.common import Keys, Names, kept, llama_names, llama_sizes, number
 from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "iquestpltcoder"
@@ -45,7 +45,7 @@ def read_config(keys: Keys) -> LoopedConfig:
         carry_scale=1.0 if full["plt_hidden_scale"] is None else number(full, "plt_hidden_scale"),
         memory="first",
         window=left + 1,
-        gate_input="hidden" if full["plt_gate_use_hidden_states"] else "query",
+        gate_input="hidden" if kept(full, "plt_gate_use_hidden_states", bool, "true or false") else "query",
         norm_between_loops=full["plt_normalize_per_loop"],
     )
 

@@ -5,6 +5,8 @@ Its released code implements more than its released checkpoints use; what is not
 
 from __future__ import annotations
 
+from reprlib import repr as short
+
 from loopdiag.model.checkpoints.common import PLAIN_LOOPS, Keys, Names, kept, llama_names, llama_sizes
 from loopdiag.model.config import LoopedConfig
 
@@ -24,7 +26,7 @@ SWITCHES = (
 def read_config(keys: Keys) -> LoopedConfig:
     """The configuration that a `config.json` of this family describes; see `checkpoints`."""
     if on := [key for key in keys if keys[key] and (key in SWITCHES or key.startswith("enable_"))]:
-        settings = ", ".join(f"{key} = {keys[key]!r}" for key in on)
+        settings = ", ".join(f"{key} = {short(keys[key])}" for key in on)
         raise ValueError(f"{settings}: not built, since no released checkpoint uses it; allowed is off.")
     # The list of loss weights, one for every loop but the last, overrules the loop count.
     weights = kept(keys, "loop_loss_weights", list, "a list") if keys.get("loop_loss_weights") else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from loopdiag.model.checkpoints.common import Keys
+from loopdiag.model.checkpoints.common import Keys, kept
 from loopdiag.model.config import LoopedConfig, RopeScaling
 
 MODEL_TYPE = "loopdiag"
@@ -27,7 +27,7 @@ def read_config(keys: Keys) -> LoopedConfig:
             raise KeyError(field.name)
     settings = {key: value for key, value in keys.items() if key in known}
     if settings.get("rope_scaling"):
-        settings["rope_scaling"] = RopeScaling(**settings["rope_scaling"])
+        settings["rope_scaling"] = RopeScaling(**kept(settings, "rope_scaling", dict, "an object, or null"))
     return LoopedConfig(**settings)
 
 

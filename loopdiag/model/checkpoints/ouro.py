@@ -5,7 +5,9 @@ The whole stack again and again with the final norm in between, four norms a lay
 
 from __future__ import annotations
 
-from loopdiag.model.checkpoints.common import PLAIN_LOOPS, Keys, Names, llama_names, llama_sizes, refuse_unbuilt
+from reprlib import repr as short
+
+from loopdiag.model.checkpoints.common import PLAIN_LOOPS, Keys, Names, kept, llama_names, llama_sizes, refuse_unbuilt
 from loopdiag.model.config import LoopedConfig
 
 MODEL_TYPE = "ouro"
@@ -17,8 +19,10 @@ BUILT = {"use_sliding_window": (False, None)}
 def read_config(keys: Keys) -> LoopedConfig:
     """The configuration that a `config.json` of this family describes; see `checkpoints`."""
     refuse_unbuilt(keys, BUILT)
-    if set(keys.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types = {keys['layer_types']!r} is not built: allowed is 'full_attention' throughout.")
+    if keys.get("layer_types") and set(map(str, kept(keys, "layer_types", list, "a list"))) != {"full_attention"}:
+        raise ValueError(
+            f"layer_types = {short(keys['layer_types'])} is not built: allowed is 'full_attention' throughout."
+        )
     threshold = keys.get("early_exit_threshold")
     return LoopedConfig(
         **llama_sizes(keys),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from loopdiag.model.checkpoints.common import Keys, Names, refuse_unbuilt, rotary
+from loopdiag.model.checkpoints.common import Keys, Names, kept, number, refuse_unbuilt, rotary
 from loopdiag.model.checkpoints.huginn import MODEL_TYPE, sizes, stacked_names
 from loopdiag.model.config import LoopedConfig
 
@@ -27,14 +27,16 @@ def claims(keys: Keys) -> bool:
 def read_config(keys: Keys) -> LoopedConfig:
     """The configuration that a `config.json` of this family describes; see `checkpoints`."""
     refuse_unbuilt(keys, BUILT)
-    init = keys.get("init_values") or {}
-    multiplier = init.get("embed_scale", math.sqrt(keys["n_embd"]))
+    shared = sizes(keys)
+    usual = {"embed_scale": math.sqrt(keys["n_embd"]), "std": math.sqrt(2 / (5 * keys["n_embd"]))}
+    init = usual | (kept(keys, "init_values", dict, "an object, or null") if keys.get("init_values") else {})
+    multiplier = number(init, "embed_scale")
     return LoopedConfig(
-        **sizes(keys),
+        **shared,
         n_ctx=keys["max_position_embeddings"],
         embed_multiplier=multiplier,
         initial_state="random",
-        initial_std=multiplier * init.get("std", math.sqrt(2 / (5 * keys["n_embd"]))),
+        initial_std=multiplier * number(init, "std"),
         offset=0,
         injection="concat",
         memory="own",
