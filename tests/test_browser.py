@@ -28,6 +28,8 @@ ARGUMENTS = (
 )
 NARROW, WIDE = 360, 1200  # CSS pixels
 READABLE = 7.0  # WCAG's enhanced contrast of text
+# NLLs at loop 2 that a third digit would put on the other side of a tenth of a nat from 6, and what is told of them.
+CLOSE = {5.904: "(−0.10 nats, helped)", 6.0949: "(+0.09 nats, unchanged)", 6.0951: "(+0.10 nats, harmed)"}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     longer = [["for ", "name ", "in ", "names", ":\n", "    "] * 20, ["x", " = ", "1", "\n", "y", " = "] * 5]
     one = with_tokens(make(4, groups=FEW), longer, ["names.py", "a/" * 40 + "long.py"], top=" self")
+    one.data["token_nll"][1, 2, 3:6] = list(CLOSE)
     other = with_tokens(make(6, trained=4, groups=FEW, model="another", seed=1))
     texts = {"one": page([one]), "two": page([one, other]), "hostile": page([hostile()])}
     for name, text in texts.items():
@@ -167,6 +170,31 @@ def test_a_token_tells_its_numbers(show):
     assert "The first token is given." in inspector.text
     choose(browser, "doc", 1)
     assert not inspector.is_displayed()
+
+
+def test_the_word_is_that_of_the_colour(show):
+    """Also of changes near the least that is told, where one more digit would say otherwise."""
+    browser = show("one")
+    choose(browser, "doc", 1)
+    tokens = tokens_of(browser, 1)
+    inspector = browser.find_element(By.CSS_SELECTOR, ".inspector")
+    for token, said, line in zip(tokens[3:6], CLOSE.values(), ("solid", "none", "dotted"), strict=True):
+        point(browser, token)
+        assert said in inspector.text
+        assert style(browser, token, "borderBottomStyle") == line
+
+
+@pytest.mark.parametrize("width", [NARROW, 768, 1440])
+def test_figures_use_the_width(show, width):
+    """A figure of several panels spans the page, and no table stands beside a figure where it would be cut."""
+    browser = show("one", width)
+    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+    room = browser.find_element(By.CSS_SELECTOR, ".lens").size["width"]
+    for figure in browser.find_elements(By.CSS_SELECTOR, ".plot.wide"):
+        assert figure.size["width"] == pytest.approx(room, abs=1)
+    for table in browser.find_elements(By.CSS_SELECTOR, ".plots > * > .scroll:has(.numbers)"):
+        cut = browser.execute_script("return arguments[0].scrollWidth - arguments[0].clientWidth", table)
+        assert cut <= 1 or table.size["width"] == pytest.approx(room, abs=1)
 
 
 def test_definitions_are_reached_by_pointer_and_by_keys(show):

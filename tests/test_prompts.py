@@ -1,5 +1,7 @@
 """One text, token by token: where its states go, and the figures of it."""
 
+from itertools import combinations
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -130,6 +132,18 @@ def test_paths_lead_from_the_first_loop_to_the_last():
     assert f"{paths.share[0]:.0%}" in ax.get_xlabel()
     with pytest.raises(ValueError, match="places of this text are 0 to 1"):
         plots.trajectories(paths, text[:2], ax=axes())
+
+
+def test_no_text_stands_on_another_and_equal_tokens_share_one():
+    """Planted: four tokens that end in one place, two of them equal, and come from the right; a fifth from the left."""
+    ways = torch.tensor([[[3.0, 0], [3, 1], [3, 2], [3, 3], [-3, -3]], [[0, 0], [0, 0], [0, 0], [-0.1, 0], [1, 0]]])
+    trace = LoopTrace.from_states(torch.zeros(1, 5, 2), ways[:, None])
+    ax = plots.trajectories(trajectories(trace), ["self", "def", "name", "self", "class"], ax=axes())
+    assert len({line.get_color() for line in ax.lines if line.get_label() != "_"}) == 4
+    assert sorted(text.get_text() for text in ax.texts) == ["class", "def", "name", "self"]
+    ax.figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(one.fully_overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_without_axes_there_is_a_figure_with_room():

@@ -254,6 +254,19 @@ def test_tokens_are_marked_by_what_each_loop_changed():
     assert document.data["nll"][2] == [None, 1.0, 5.5, 6.5, 8.0, 6.05]
 
 
+@pytest.mark.parametrize(
+    ("after", "told", "kind"),
+    [(6.0951, 6.1, "b2"), (6.0949, 6.09, ""), (5.0049, 5.0, "H2"), (5.0051, 5.01, "h2"), (5.9051, 5.91, "")],
+)
+def test_a_mark_is_that_of_the_change_that_is_told(after, told, kind):
+    """Hand-worked: from 6 nats, to one side or the other of where the second digit would cross a tenth or one nat."""
+    made = with_tokens(make(2, groups=QUICK))
+    made.data["token_nll"][0, 2, 3] = after
+    (document,) = shown_documents(made)
+    assert document.data["nll"][2][3] == told
+    assert document.tokens[3].classes.split()[1:] == ([kind] if kind else [])
+
+
 def test_the_text_is_the_document(real, found):
     """Put together, the tokens that are shown are those of the document; the first of them is not marked."""
     documents = shown_documents(real)

@@ -9,6 +9,8 @@ import numpy as np
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from loopdiag.measures.tokens import TokenExits
 from loopdiag.measures.trajectories import Trajectories
@@ -114,7 +116,8 @@ def changes(exits: TokenExits, loop: int, *, tokens: Sequence[int] | None = None
 def trajectories(paths: Trajectories, text: Sequence[str], *, ax: Axes | None = None) -> Axes:
     """The states of a text's tokens from loop to loop, in the plane that shows most of them.
 
-    Every token's path leads from its first loop, a ring, over the others to its last, at which its text stands.
+    Every token's path leads from its first loop, a ring, over the others to its last. Equal tokens have one colour, and
+    their text stands once, beside the outermost of their ends.
 
     Args:
         paths: See `loopdiag.measures.trajectories`.
@@ -126,14 +129,21 @@ def trajectories(paths: Trajectories, text: Sequence[str], *, ax: Axes | None = 
     """
     _checked(np.array(paths.tokens), 0, len(text))
     with single(ax, (COLUMN[0] * 1.4, COLUMN[1] * 1.3)) as ax:
-        for column, (place, colour) in enumerate(
-            zip(paths.tokens, seaborn.color_palette("husl", len(paths.tokens)), strict=True)
-        ):
-            name = visible(text[place])
-            x, y = paths.points[:, column].T
-            ax.plot(x, y, color=colour, marker="o", markevery=slice(1, None), label=f"{place}: {name}")
-            ax.plot(x[:1], y[:1], "o", color=colour, markerfacecolor="white", label="_")
-            ax.annotate(name, (x[-1], y[-1]), (4, 4), textcoords="offset points", color=colour, **PLAIN_TEXT)
+        tokens = [text[place] for place in paths.tokens]
+        distinct = list(dict.fromkeys(tokens))
+        labels = []
+        for token, colour in zip(distinct, seaborn.husl_palette(len(distinct), l=0.5), strict=True):
+            columns = [column for column, each in enumerate(tokens) if each == token]
+            for column in columns:
+                x, y = paths.points[:, column].T
+                name = f"{paths.tokens[column]}: {visible(token)}"
+                ax.plot(x, y, color=colour, marker="o", markevery=slice(1, None), label=name)
+                ax.plot(x[:1], y[:1], "o", color=colour, markerfacecolor="white", label="_")
+            ends = paths.points[-1, columns]
+            side = 1 if (ends - paths.points[0, columns])[:, 0].sum() >= 0 else -1  # where the paths do not come from
+            at = ends[np.argmax(side * ends[:, 0])]
+            style: Style = {"color": colour, "va": "center", "ha": "left" if side > 0 else "right", **PLAIN_TEXT}
+            labels.append(ax.annotate(visible(token), at, (6 * side, 0), textcoords="offset points", **style))
         for axis, rank, share in zip((ax.xaxis, ax.yaxis), ("first", "second"), paths.share, strict=True):
             axis.set_label_text(f"{rank} principal component ({share:.0%} of the variance)")
         ax.margins(0.1)
@@ -142,7 +152,21 @@ def trajectories(paths: Trajectories, text: Sequence[str], *, ax: Axes | None = 
         first = Line2D([], [], label=f"loop {paths.loops[0]}", linestyle="none", markerfacecolor="white", **mark)
         others = Line2D([], [], label=f"later loops, to {paths.loops[-1]}", **mark)
         legend(ax, [first, others] if len(paths.loops) > 1 else [first])
+        ax.figure.canvas.figure.draw_without_rendering()  # lays it out
+        _spread(labels)
     return ax
+
+
+def _spread(labels: Sequence[Annotation]) -> None:
+    """Move texts up until none stands on another."""
+    taken: list[Bbox] = []
+    for label in sorted(labels, key=lambda each: each.get_window_extent().y0):
+        box = label.get_window_extent()
+        while blocking := [other.y1 for other in taken if box.overlaps(other)]:
+            box = box.translated(0, max(blocking) - box.y0 + 1)
+        x, y = label.xyann
+        label.xyann = (x, y + (box.y0 - label.get_window_extent().y0) * 72 / label.figure.dpi)
+        taken.append(box)
 
 
 def _places(exits: TokenExits, tokens: Sequence[int] | None) -> np.ndarray:

@@ -39,7 +39,7 @@ from loopdiag.scores import INTERVALS, UNITS, ProbeScores
 # Of the figures, for those who do not see them and above them.
 TITLES = {
     "gain_cost": "Gain, cost and net gain of each loop",
-    "predictions": "What each exit predicts",
+    "predictions": "Loss, rank and entropy of each exit, and its output shift",
     "shares": "Each loop's share of what all loops after the first do",
     "readability": "Exit NLL as it is and through a fitted translator",
     "hidden_states": "How far and which way each loop moves the state",

@@ -11,6 +11,7 @@ import numpy as np
 from loopdiag.diagnosis import Diagnosis
 
 SMALL, LARGE = 0.1, 1.0  # nats; below the first nothing changed, from the second on much did
+DIGITS = 2  # of nats, after the point
 MOST_TOKENS = 600  # of a document on a page
 KINDS = {"H": "helped much", "h": "helped", "": "unchanged", "b": "harmed", "B": "harmed much"}
 
@@ -63,8 +64,10 @@ def _shown(diagnosis: Diagnosis, place: int) -> ShownDocument:
     known = np.isfinite(data["token_nll"].values).any(0) | (data["token_text"].values != "")
     length = int(np.flatnonzero(known)[-1]) + 1
     end = min(length, MOST_TOKENS)
-    nll, top = data["token_nll"].values[:, :end], data["token_top"].values[:, :end]
-    kinds = np.array([[kind_of_change(each) for each in row] for row in np.diff(nll, axis=0)])  # [loop - 1, token]
+    # As the page prints them, so that a token's colour is that of the change that stands beside it.
+    nll = data["token_nll"].values[:, :end].astype(float).round(DIGITS)
+    changes = np.diff(nll, axis=0).round(DIGITS)
+    kinds = np.array([[kind_of_change(each) for each in row] for row in changes])  # [loop - 1, token]
     tokens = tuple(
         Token(text, " ".join(f"{kind}{loop}" for kind, loop in zip(kinds[:, index], loops[1:], strict=True) if kind))
         for index, text in enumerate(data["token_text"].values[:end].tolist())
@@ -74,7 +77,7 @@ def _shown(diagnosis: Diagnosis, place: int) -> ShownDocument:
         counted = Counter(row.tolist())
         shares[int(loop)] = {kind: counted[kind] / max(1, len(row)) for kind in KINDS}
     told = {
-        "nll": [[round(value, 3) if np.isfinite(value) else None for value in row] for row in nll.tolist()],
-        "top": top.tolist(),
+        "nll": [[value if np.isfinite(value) else None for value in row] for row in nll.tolist()],
+        "top": data["token_top"].values[:, :end].tolist(),
     }
     return ShownDocument(str(data["shown"].item()), tokens, length - end, shares, told)

@@ -30,8 +30,8 @@ for (const view of document.querySelectorAll(".tokens")) {
       return;
     }
     const change = is - was;
-    const small = Number(view.dataset.small);
-    const kind = Math.abs(change) < small ? "unchanged" : change < 0 ? "helped" : "harmed";
+    const marks = chosen.className.toLowerCase().split(" "); // the colour and the word are one decision
+    const kind = marks.includes(`h${loop()}`) ? "helped" : marks.includes(`b${loop()}`) ? "harmed" : "unchanged";
     const signed = (change < 0 ? "−" : "+") + Math.abs(change).toFixed(2);
     const which = `loop ${loop()}: NLL ${was.toFixed(2)} → ${is.toFixed(2)} (${signed} nats, ${kind})`;
     heading.append(" ", element("b", which));
