@@ -1,14 +1,17 @@
 """The committed notebooks: run in order, with their outputs, and nothing in them of the machine that ran them."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
 
 import pytest
+from test_decoder import make_model
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ["01_first_look", "02_gain_cost", "03_hooks_and_interventions", "04_your_model", "05_train_a_family"]
 LARGEST = 600_000  # bytes
+HANGS = 900  # seconds; on idle cores each takes one to two minutes, but these may be shared
 DRAWS = re.compile(r"ld\.plots\.|sns\.|ax\.(plot|bar|step)|plt\.subplots")
 
 
@@ -65,3 +68,45 @@ def test_its_links_lead_somewhere(name):
     prose = "".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if "://" not in link]
     assert [link for link in links if not (FOLDER / link).exists()] == []
+
+
+def executed(name, model):
+    """The notebook, run from top to bottom in a kernel of its own with another model at its top; nothing is written."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    code(notebook)[0]["source"] = f"MODEL = {str(model)!r}"
+    client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(FOLDER)}})
+    return asyncio.run(asyncio.wait_for(client.async_execute(), HANGS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES[:-1])  # the last takes nothing but a tokenizer from its model
+def test_it_runs_with_a_model_of_two_loops(name):
+    found = executed(name, "tiny-plt-2")
+    outputs = [output for cell in code(found) for output in cell["outputs"]]
+    assert "tiny-plt-2" in json.dumps(outputs)
+    assert not any(output.get("name") == "stderr" for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "lacks", "said"),
+    [
+        ("01_first_look", {"n_loops": 1}, "has one loop"),
+        ("02_gain_cost", {"n_loops": 1}, "has one loop"),
+        ("03_hooks_and_interventions", {"n_loops": 1}, "has n_loops=1"),
+        ("03_hooks_and_interventions", {"memory": "own"}, "has n_loops=3 and memory='own'"),
+    ],
+)
+def test_it_says_what_its_model_lacks(name, lacks, said, tmp_path):
+    from nbclient.exceptions import CellExecutionError
+
+    folder = tmp_path / "model"
+    make_model(**lacks).save(folder)
+    with pytest.raises(CellExecutionError) as found:
+        executed(name, folder)
+    assert found.value.ename == "ValueError"
+    assert found.value.evalue.startswith(f"{folder} {said}")
+    assert re.search("two (loops )?or more", found.value.evalue)
