@@ -171,7 +171,7 @@ def test_the_standard_comes_first_however_it_is_asked(asked, tmp_path):
 
 def test_launched_processes_have_devices_of_their_own(monkeypatch):
     """Those that a launcher gave, in turn; none where none is to be seen. Nothing of the group is left."""
-    from loopdiag.cli.sweep import _own_process
+    from loopdiag.cli.processes import apart
 
     for given, seen in ((None, "3"), ("4,5", "5"), ("", ""), ("0,2,4,6", "6")):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"):
@@ -180,10 +180,10 @@ def test_launched_processes_have_devices_of_their_own(monkeypatch):
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        assert _own_process() == 3
+        assert apart() == 3
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
         assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(os.environ)
-        assert _own_process() == 0
+        assert apart() == 0
 
 
 # -- in processes of their own -------------------------------------------------------------------------

@@ -57,6 +57,7 @@ from loopdiag.cli.output import (
     tell,
 )
 from loopdiag.cli.probes import probe as run_probe
+from loopdiag.cli.processes import together
 from loopdiag.cli.report import report as make_report
 from loopdiag.cli.runs import SWEEP, Checkpoint, Run
 from loopdiag.cli.sweep import recommend_from_sweep
@@ -146,19 +147,35 @@ def diagnose(
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.float32,
     save: Annotated[Path, typer.Option("--save", help="Where the diagnosis goes (netCDF).")] = Path("diagnosis.nc"),
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on from what a stopped run left in FILE.parts, if it did.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a model and keep the diagnosis; `loopdiag recommend FILE` answers from it without the model."""
+    """Measure a model and keep the diagnosis; `loopdiag recommend FILE` answers from it without the model.
+
+    What is measured is kept in the folder FILE.parts as it appears, until the diagnosis is whole. Under `accelerate
+    launch` or `torchrun`, the processes share the documents.
+    """
     with reported_errors():
         if Path(model).is_file():
             raise InputError(
                 f"{model} is a file: give a model. To answer from a saved diagnosis: loopdiag recommend {model}"
             )
-        check_outputs(save, quiet=quiet)
-        checkpoint = Checkpoint(model, revision, offline, device, dtype)
-        run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
-        run.diagnosis().save(save)
-        stdout.print(str(save), markup=False, highlight=False, soft_wrap=True)
+        with together() as first:
+            quiet = quiet or not first
+            check_outputs(save, quiet=quiet)
+
+            from loopdiag.parts import Parts
+
+            parts = Parts(save.with_name(f"{save.name}.parts"), resume=resume)
+            checkpoint = Checkpoint(model, revision, offline, device, dtype)
+            run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
+            made = run.diagnosis(parts=parts)
+            if first:
+                made.save(save)
+                parts.remove()
+                stdout.print(str(save), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

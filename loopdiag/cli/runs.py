@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loopdiag.cli.options import BUNDLED_DATA, LARGEST_SEED, MOST_LOOPS, Device, Dtype, in_range
 from loopdiag.cli.output import print_notes, progress_bars, stderr
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from loopdiag.interventions import Effects
     from loopdiag.losses import SweepLosses
     from loopdiag.model import LoopedLM
+    from loopdiag.parts import Parts
     from loopdiag.scores import ProbeScores
+
+Measured = TypeVar("Measured", "Diagnosis", "Effects", "ProbeScores")
 
 SWEEP, SWEEP_SETTINGS = "sweep.nc", "sweep.json"  # those of `loopdiag.sweep`, which would load torch
 
@@ -79,11 +83,12 @@ class Run:
     measures: str = "default"
     at: str | None = None
 
-    def diagnosis(self, needs: str | None = None) -> Diagnosis:
+    def diagnosis(self, needs: str | None = None, parts: Parts | None = None) -> Diagnosis:
         """Read a saved diagnosis, or make one; everything that can be wrong is found before the model runs.
 
         Args:
             needs: A group of measures that has to be among those asked for.
+            parts: Where what is measured is kept as it appears.
         """
         self._check()
         kept = self.kept()
@@ -97,7 +102,12 @@ class Run:
         groups = chosen([name.strip() for name in self.measures.split(",")])
         if needs is not None and needs not in groups:
             raise InputError(f"--measures {self.measures} lacks {needs}, on which the answer rests: add it.")
-        return self._made(groups, kept)
+
+        from loopdiag.diagnosis import diagnose
+
+        return self._made(
+            partial(diagnose, at=kept, measures=groups, parts=parts), loops=kept[-1] if kept else self.loops
+        )
 
     def losses(self) -> SweepLosses | None:
         """The losses of a sweep, where the model is the folder or the file of one."""
@@ -121,51 +131,19 @@ class Run:
     def effects(self, groups: Sequence[str] | None) -> Effects:
         """Measure interventions; everything that can be wrong is found before the model runs."""
         self._check()
-        text = self._corpus()
-        net = self.checkpoint.load(self.loops, self.quiet)
 
         from loopdiag.interventions import intervene
 
-        with progress_bars(self.quiet) as progress:
-            measured = intervene(
-                net,
-                text,
-                groups,
-                n_loops=self.loops,
-                max_tokens=self.max_tokens,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                progress=progress,
-            )
-        if not self.quiet:
-            print_notes(measured)
-        return measured
+        return self._made(partial(intervene, which=groups), self.loops)
 
     def probed(self, suite: str, hooks: Sequence[str] | None, places: int, classes: int) -> ProbeScores:
         """Run a suite of probes; everything that can be wrong is found before the model runs."""
         self._check()
-        text = self._corpus()
-        net = self.checkpoint.load(self.loops, self.quiet)
 
         from loopdiag.probing import HOOKS, probe
 
-        with progress_bars(self.quiet) as progress:
-            scores = probe(
-                net,
-                text,
-                suite,
-                hooks=hooks or HOOKS,
-                n_loops=self.loops,
-                places=places,
-                classes=classes,
-                max_tokens=self.max_tokens,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                progress=progress,
-            )
-        if not self.quiet:
-            print_notes(scores)
-        return scores
+        asked = partial(probe, suite=suite, hooks=hooks or HOOKS, places=places, classes=classes)
+        return self._made(asked, self.loops)
 
     def _check(self) -> None:
         in_range("--documents", self.documents, 16)
@@ -221,22 +199,18 @@ class Run:
             raise InputError(f"--at ends with loop {loops[-1]} and --loops is {self.loops}: leave --loops out.")
         return loops
 
-    def _made(self, groups: Sequence[str], kept: list[int] | None) -> Diagnosis:
+    def _made(self, measure: Callable[..., Measured], loops: int | None) -> Measured:
+        """What `measure` makes of the corpus and the model, loaded for that many loops."""
         text = self._corpus()
-        net = self.checkpoint.load(kept[-1] if kept else self.loops, self.quiet)
-
-        from loopdiag import diagnosis
-
+        net = self.checkpoint.load(loops, self.quiet)
         with progress_bars(self.quiet) as progress:
-            made = diagnosis.diagnose(
+            made = measure(
                 net,
                 text,
                 n_loops=self.loops,
-                at=kept,
                 max_tokens=self.max_tokens,
                 batch_size=self.batch_size,
                 seed=self.seed,
-                measures=groups,
                 progress=progress,
             )
         if not self.quiet:

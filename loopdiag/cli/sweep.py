@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from loopdiag.cli.options import BUNDLED_DATA, MOST_LOOPS, OfflineOption, QuietOption, in_range
 from loopdiag.cli.output import check_outputs, note, reported_errors, stderr, stdout, tell
+from loopdiag.cli.processes import apart
 from loopdiag.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 MOST_SEEDS = 100
 RATES = "0.0015,0.003,0.006"
 LOOK_AGAIN = 2.0  # seconds from one look at what other processes have finished to the next
-# What torchrun, and MPI for processors, say to the processes that they start, and accelerate reads.
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-GROUPS = (
-    *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    *("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
-)
 
 
 def sweep(
@@ -93,7 +87,7 @@ def sweep(
     The same command goes on where a stopped one was; `loopdiag recommend FOLDER` answers from what is there. Under
     `accelerate launch`, or started several times, each process takes models that no other has.
     """
-    rank = _own_process()
+    rank = apart()
     with reported_errors():
         rates, grid = _rates(lr), _grid(loops, offset, memory, seeds)
         in_range("--tokens", tokens, 1)
@@ -340,20 +334,6 @@ def _bars(quiet: bool, plan: Plan, grid: Grid, out: Path) -> Iterator[Callable[[
             )
 
         yield tell
-
-
-def _own_process() -> int:
-    """This process' number among those that a launcher started; each trains models of its own, on its own device.
-
-    What the launcher says of a group goes away, or each Trainer would wait for the others to train the same model.
-    """
-    rank, local = next((int(os.environ[name]) for name in RANKS if name in os.environ), 0), os.environ.get("LOCAL_RANK")
-    if local is not None:
-        names = os.environ.get("CUDA_VISIBLE_DEVICES", local).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local) % len(names)]
-    for name in (*RANKS, *GROUPS):
-        os.environ.pop(name, None)
-    return rank
 
 
 def _rates(lr: str) -> tuple[float, ...]:
