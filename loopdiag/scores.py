@@ -45,6 +45,10 @@ class ScoreRow:
         baseline_nll: Loss of the probe without the state: of the classes' frequencies, or of the embeddings alone, the
             most that there is to inform of.
         floor_baseline_nll: The latter with random weights, whose clusters are others.
+        share: Information by what there is to inform of, score / baseline_nll; none of accuracy.
+        floor_share: The same with random weights, floor / floor_baseline_nll.
+        C, control_C, floor_C: The chosen inverse strength of the regularisation of the probe, of that on the control
+            task, and of that on random weights.
     """
 
     target: str
@@ -66,6 +70,11 @@ class ScoreRow:
     baseline: float
     baseline_nll: float
     floor_baseline_nll: float
+    share: float
+    floor_share: float
+    C: float
+    control_C: float
+    floor_C: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ class ProbeScores(Result):
             `baseline_nll`; of accuracies also that of the most frequent class, `baseline`; of information the loss
             without the state on random weights, `floor_baseline_nll`. By `target, hook, loop`: the chosen
             regularisation `C`, `control_C` and `floor_C`, scikit-learn's inverse strength. Loop 0 is the embedding, the
-            same for every hook. The coordinate `source` gives each document's cluster.
+            same for every hook. The coordinate `source` gives each document's cluster. The provenance's `unconverged`
+            says how many fits, of all, did not converge.
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "scores of probes", "loopdiag probe --save", SCHEMA, ScoresError
@@ -126,9 +136,21 @@ class ProbeScores(Result):
             "change": estimate(score - before, seed=seed),
             "selectivity": estimate(score - data["control"], seed=seed),
         }
-        names = ("control", "floor", "nll", "baseline", "baseline_nll", "floor_baseline_nll")
+        names = (
+            "control",
+            "floor",
+            "nll",
+            "baseline",
+            "baseline_nll",
+            "floor_baseline_nll",
+            "C",
+            "control_C",
+            "floor_C",
+        )
         nowhere = np.full(score.shape[:-1], np.nan)
         means = {name: _mean(data[name], score) if name in data else nowhere for name in names}
+        means["share"] = found["score"].mean / means["baseline_nll"] if informs else nowhere
+        means["floor_share"] = means["floor"] / means["floor_baseline_nll"]
         rows = []
         for place in np.argwhere(np.isfinite(found["score"].mean)):
             target, hook, loop = (int(index) for index in place)

@@ -11,7 +11,7 @@ import sys
 import pytest
 from test_cli import run
 
-from loopdiag import cli
+from loopdiag import cli, plots
 from loopdiag.cli.options import SUITES
 from loopdiag.cli.probes import print_scores, scores_answer
 from loopdiag.scores import ProbeScores
@@ -31,7 +31,8 @@ def answered(tmp_path_factory):
     """One small run, beyond training, with everything written."""
     folder = tmp_path_factory.mktemp("probes")
     files = ("--json", folder / "p.json", "--save", folder / "p.nc", "--figures", folder / "figures")
-    result = run("probe", "position_identity", "tiny-plt-1", "--loops", "2", "--hook", "hook_out", *SMALL, *files)
+    what = ("position_identity", "tiny-plt-1", "--loops", "2", "--hook", "hook_out", "--seed", "3")
+    result = run("probe", *what, *SMALL, *files)
     assert result.exit_code == cli.Exit.ANSWERED, result.output
     return folder, result.stdout
 
@@ -66,7 +67,7 @@ def test_json_file_table_and_figure_hold_the_same(answered):
         *("schema", "suite", "unit", "model", "trained_loops", "run_loops", "documents", "targets"),
         *("bootstrap", "absent", "scores", "provenance"),
     }
-    assert told == json.loads(json.dumps(scores_answer(scores, 0)))
+    assert told == json.loads(json.dumps(scores_answer(scores, 3)))
     assert told["scores"][0]["change"] is None
     assert told["scores"][0]["floor_baseline_nll"] is None
     assert told["provenance"] == scores.provenance
@@ -77,6 +78,19 @@ def test_json_file_table_and_figure_hold_the_same(answered):
     lines = list(csv.DictReader((folder / "figures" / f"{name}.csv").read_text().splitlines()))
     assert [float(line["score"]) for line in lines] == pytest.approx([row["score"] for row in told["scores"]], rel=1e-4)
     assert lines[0]["change"] == ""
+
+
+def test_the_seed_reaches_table_and_figure(answered):
+    """Their intervals are those of the JSON, and not those of seed 0."""
+    folder, _ = answered
+    rows, scores = json.loads((folder / "p.json").read_text())["scores"], ProbeScores.load(folder / "p.nc")
+    csv_file, png = (folder / "figures" / f"position_identity-tiny-plt-1.{form}" for form in ("csv", "png"))
+    lines = list(csv.DictReader(csv_file.read_text().splitlines()))
+    lows = [row["score_low"] for row in rows]
+    assert [float(line["score_low"]) for line in lines] == pytest.approx(lows, rel=1e-4)
+    assert lows != pytest.approx([row.score_low for row in scores.table(0)], rel=1e-3)
+    drawn = {seed: plots.pictures_of_probes(scores, ["png"], seed=seed)["png"] for seed in (0, 3)}
+    assert png.read_bytes() == drawn[3] != drawn[0]
 
 
 def test_information_says_of_how_much():
@@ -100,13 +114,16 @@ def test_the_table_of_information(capsys):
     row |= {"control": 0.125, "floor": 1.5, "baseline_nll": 1.25, "floor_baseline_nll": 3.25}
     told = {"unit": "information", "model": "m", "trained_loops": 2, "run_loops": 2, "documents": 7, "scores": [row]}
     told["targets"] = [{"target": "Z(i)", "classes": 32, "coverage": 1.0}]
-    told["provenance"] = {"documents_fit": 8, "corpus": "c", "places": 4, "documents_unlabelled": 3}
+    told["provenance"] = {"documents_fit": 8, "corpus": "c", "places": 4}
+    told["provenance"] |= {"documents_unlabelled": 3, "unconverged": 2}
     print_scores(told)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert re.search(r"hook_in +2 +-0\.250 \[-0\.375, -0\.125\] +1\.250 +0\.125 +0\.500 +1\.500 +3\.250", printed)
     assert "which the embeddings leave open" in " ".join(printed.split())
+    assert "Random: random weights" in " ".join(printed.split())
     assert "3 documents have no labels and are left out." in printed
+    assert "2 fits of probes did not converge, and are scored as they are." in printed
 
 
 @pytest.mark.parametrize(

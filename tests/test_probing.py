@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from test_decoder import HUGINN_LIKE, POST_CODA, make_model
 from tiny import random_corpus, word_tokenizer
 
@@ -24,10 +26,10 @@ import loopdiag as ld
 from loopdiag import plots, report
 from loopdiag.corpus import Corpus, Document, TokenDocument
 from loopdiag.errors import InputError
-from loopdiag.probing import SUITES, Reading, ScoresError, Target, fit_probe, probe
+from loopdiag.probing import SUITES, Reading, ScoresError, Target, fit_probe, linear, probe
 from loopdiag.probing.carried import Clusters, beside, dealt, information
 from loopdiag.probing.examples import Examples
-from loopdiag.probing.linear import ITERATIONS, SPARED, STRENGTHS, TOLERANCE
+from loopdiag.probing.linear import FOLDS, ITERATIONS, SPARED, STRENGTHS, TOLERANCE
 from loopdiag.probing.python import KINDS, code_labels, token_labels
 from loopdiag.probing.reading import document_means, draw_places, moved, read, together
 from loopdiag.probing.states import EMBEDDING, States, collect, points_of, untrained
@@ -103,11 +105,31 @@ def test_a_class_that_was_not_seen_costs_no_infinity():
 
 
 def test_strength_follows_the_noise():
-    """Where states say nothing, the strongest regularisation is best; where they say all, a weak one."""
+    """Where states say nothing, a strong regularisation is best; where they say all, the weakest."""
     x, y, sources = blobs(spread=0.05)
     noise = np.random.default_rng(5).normal(size=(240, 40))
-    chosen = [fit_probe(states, y, sources, 4).C for states in (noise, x)]
-    assert chosen == [STRENGTHS[0], STRENGTHS[-1]]
+    assert fit_probe(noise, y, sources, 4).C <= 1e-3
+    assert max(STRENGTHS) == fit_probe(x, y, sources, 4).C
+
+
+def test_fits_that_do_not_converge_are_counted(monkeypatch):
+    """None of the usual ones; each, those of folds included, where one step is all there is. Others' warnings stay."""
+    x, y, sources = blobs()
+    assert fit_probe(x, y, sources, 4).unconverged == 0
+    monkeypatch.setattr(linear, "ITERATIONS", 1)
+    of_probe = FOLDS * len(STRENGTHS) + 1
+    assert fit_probe(x, y, sources, 4).unconverged == of_probe
+    # The embedding is probed once, as loop 0 and as what enters loop 1; so are its control and that of random weights.
+    scores = probe(planted_model(), CORPUS, TOKENS[:1], hooks=["hook_in"], n_loops=1, **SMALL)
+    assert scores.provenance["unconverged"] == 3 * of_probe
+
+    def warn(x):
+        warnings.warn("of another kind", stacklevel=1)
+        return x
+
+    monkeypatch.setattr(linear, "StandardScaler", partial(FunctionTransformer, warn))
+    with pytest.warns(UserWarning, match="of another kind"):
+        fit_probe(x, y, sources, 4)
 
 
 def test_a_label_that_is_there_is_read_and_one_that_is_not_is_not():
@@ -579,6 +601,8 @@ def hand_made(unit="accuracy", loops=(0, 1, 2), trained=1):
                 "nll": (dims, 1 - values),
                 "baseline" if unit == "accuracy" else "floor_baseline_nll": (("target", "loop", "document"), baseline),
                 "baseline_nll": (("target", "loop", "document"), 4 * baseline),
+                "C": (dims[:-1], values[..., 0] + 1),
+                "floor_C": (dims[:-1], values[..., 0] + 2),
             },
             {
                 "target": ["t"],
@@ -606,6 +630,8 @@ def test_the_table_by_hand():
     assert (last.score, last.control, last.floor) == pytest.approx((0.8, 0.4, 0.2))
     assert (last.change, last.selectivity, last.nll) == pytest.approx((0.3, 0.4, 0.2))
     assert (last.baseline, last.baseline_nll) == (0.25, 1)
+    assert (last.C, last.floor_C) == pytest.approx((2, 3))
+    assert np.isnan([last.control_C, last.share, last.floor_share]).all()
     # Of two documents the resamples are one of them, the other, or both.
     assert (last.score_low, last.score_high) == pytest.approx((0.6, 1.0))
     assert (last.change_low, last.change_high) == pytest.approx((0.1, 0.5))
@@ -613,6 +639,7 @@ def test_the_table_by_hand():
     informs = hand_made("information").table()
     assert np.isnan([row.change for row in informs]).all()
     assert (informs[2].floor_baseline_nll, informs[2].baseline_nll) == (0.25, 1)
+    assert (informs[2].share, informs[2].floor_share) == pytest.approx((0.8, 0.8))
     assert np.isnan(informs[2].baseline)
 
 
@@ -627,10 +654,10 @@ def test_a_file_keeps_the_scores(tmp_path, planted_scores):
 
 
 def test_the_csv_is_the_table():
-    """Every row and field, five digits, empty where undefined."""
+    """Every row and field, five digits, empty where undefined; the seed is that of the intervals."""
     scores = hand_made()
-    lines = list(csv.DictReader(report.probe_table(scores).decode().splitlines()))
-    for line, row in zip(lines, scores.table(), strict=True):
+    lines = list(csv.DictReader(report.probe_table(scores, 3).decode().splitlines()))
+    for line, row in zip(lines, scores.table(3), strict=True):
         assert (line["model"], line["suite"], line["unit"]) == ("m", "s", "accuracy")
         for name, value in vars(row).items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
@@ -691,6 +718,24 @@ def test_every_suite_has_its_folder():
     assert {folder.name for folder in FOLDERS} == set(SUITES)
 
 
+# Of information: what there is to tell, and the share of it.
+OPEN = {"score": ("baseline_nll", "share"), "floor": ("floor_baseline_nll", "floor_share")}
+
+
+def as_told(row, column):
+    """A number of a command's table as README has it: with an interval, with what there is to tell, or alone."""
+    name = {"": "score", "random weights": "floor"}.get(column, column.removesuffix(" [95 %]"))
+    if not row or not row[name]:
+        return ""
+    if column.endswith("[95 %]"):
+        value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    if row["unit"] == "information" and name in OPEN:
+        value, there, share = (float(row[each]) for each in (name, *OPEN[name]))
+        return f"{value:.2f} of {there:.2f} ({100 * share:.0f} %)"
+    return f"{float(row[name]):.2f}"
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_folder_is_whole_and_its_numbers_are_those_of_its_files(folder):
     """Question, command, what would have changed our mind, result; every cell is that of the command's own table."""
@@ -709,10 +754,9 @@ def test_a_folder_is_whole_and_its_numbers_are_those_of_its_files(folder):
             rows = csv.DictReader(file.read_text().splitlines())
             numbers = {(row["target"], row["hook"], int(row["loop"])): row for row in rows}
         elif not first.startswith("-"):
-            target, hook, column = (*first.split(", "), "score")[:3]
+            target, hook, column = (*first.split(", "), "")[:3]
             for loop, cell in zip(loops, others, strict=True):
-                value = numbers.get((target, hook, loop), {}).get(column)
-                assert cell == (f"{float(value):.2f}" if value else ""), (first, loop)
+                assert cell == as_told(numbers.get((target, hook, loop)), column), (first, loop)
                 cells += 1
     assert cells > 10
     prose = re.sub(r"^\|.*$|\(\S+\)", "", result, flags=re.MULTILINE)

@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 
 MEANING = {
     "accuracy": "Loop 0: the embedding. Change: from the loop before. Control: labels drawn at random for "
-    "each token of the vocabulary; select.: accuracy less control.",
+    "each token of the vocabulary; select.: accuracy less control. Floor: random weights.",
     "information": "Nats by which a state of the loop tells of the state that the loop before handed on, and of how "
-    "many, which the embeddings leave open. Control: states of other places.",
+    "many, which the embeddings leave open. Control: states of other places. Random: random weights, whose states "
+    "have clusters of their own.",
 }
 # Columns, and what of a row stands in them.
 ACCURACY = {
@@ -59,7 +60,7 @@ INFORMATION = {
     "of": "baseline_nll",
     "control": "control",
     "above it": "selectivity",
-    "floor": "floor",
+    "random": "floor",
     "of ": "floor_baseline_nll",
 }
 
@@ -110,18 +111,18 @@ def probe(
         if save:
             scores.save(save)
         if figures:
-            draw(scores, figures)
+            draw(scores, figures, seed)
         tell(told, json, partial(print_scores, told))
 
 
-def draw(scores: ProbeScores, folder: Path) -> None:
+def draw(scores: ProbeScores, folder: Path, seed: int) -> None:
     """The figure and its table as files named for suite and model."""
     from loopdiag import plots, report
     from loopdiag.files import write_all
 
     about = scores.provenance
     name = f"{about['suite']}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(about['model']).name)}"
-    contents = {**plots.pictures_of_probes(scores), "csv": report.probe_table(scores)}
+    contents = {**plots.pictures_of_probes(scores, seed=seed), "csv": report.probe_table(scores, seed)}
     write_all(folder, {f"{name}.{form}": content for form, content in contents.items()})
 
 
@@ -162,10 +163,12 @@ def print_scores(told: dict[str, Any]) -> None:
     lines = [
         f"Fitted on {about['documents_fit']} documents of corpus {about['corpus']}, scored on {told['documents']} "
         f"others, at up to {about['places']} places of each. "
-        f"{MEANING[told['unit']]} Floor: random weights. {INTERVALS}"
+        f"{MEANING[told['unit']]} {INTERVALS}"
     ]
     if about["documents_unlabelled"]:
         lines.append(f"{about['documents_unlabelled']} documents have no labels and are left out.")
+    if about["unconverged"]:
+        lines.append(f"{about['unconverged']} fits of probes did not converge, and are scored as they are.")
     for line in lines:
         stdout.print(line, markup=False, highlight=False)
 

@@ -93,9 +93,11 @@ def _shape(scores: ProbeScores) -> tuple[int, int]:
     return -(-count // columns), columns
 
 
-def pictures_of_probes(scores: ProbeScores, forms: Sequence[str] = tuple(METADATA)) -> dict[str, bytes]:
-    """The figure by file form, of `png` and `svg`."""
+def pictures_of_probes(
+    scores: ProbeScores, forms: Sequence[str] = tuple(METADATA), *, seed: int = 0
+) -> dict[str, bytes]:
+    """The figure by file form, of `png` and `svg`; the seed is that of the bootstrap."""
     with rc_context(PAPER | REPRODUCIBLE):
         figure = Figure((PAGE[0], height(_shape(scores)[0])), layout="constrained")
-        probes(scores, figure=figure)
+        probes(scores, seed=seed, figure=figure)
         return {form: rendered(figure, form) for form in forms}

@@ -96,11 +96,11 @@ def read_carried(run: Run, places: BothPlaces, sources: np.ndarray, whose: dict[
                 given = examples.probe(known)
                 run.count("probing", of=of)
                 alone = BASELINE if kind == SCORE else FLOOR_BASELINE
-                yield Found(alone, name, None, loop, None, given.nll, given.C)
+                yield Found(alone, name, None, loop, None, given.nll, given.C, given.unconverged)
                 for hook in (hook for hook, at in points if at == loop):
                     x = states.at((hook, loop), places)
                     asked = {kind: x} | ({CONTROL: dealt(x, run.seed)} if kind == SCORE else {})
                     for what, state in asked.items():
                         read, nats = information(examples, given, known, state)
                         run.count("probing", of=of)
-                        yield Found(what, name, hook, loop, nats, read.nll, read.C)
+                        yield Found(what, name, hook, loop, nats, read.nll, read.C, read.unconverged)

@@ -34,11 +34,13 @@ class Read:
         accuracy: Share of a document's places whose likeliest class is the label.
         nll: Mean negative log probability of the label, in nats.
         C: The probe's inverse strength of the regularisation; NaN of one without a state.
+        unconverged: How many of its fits did not converge.
     """
 
     accuracy: Float[np.ndarray, " document"]
     nll: Float[np.ndarray, " document"]
     C: float
+    unconverged: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,8 @@ class Examples:
 
     def _read(self, probe: Probe, states: np.ndarray) -> Read:
         right, nll = probe.score(states, self.labels[1])
-        return Read(document_means(right, self.places[1]), document_means(nll, self.places[1]), probe.C)
+        places = self.places[1]
+        return Read(document_means(right, places), document_means(nll, places), probe.C, probe.unconverged)
 
 
 def draw_examples(target: Target, halves: Halves, *, most: int, classes: int, seed: int) -> tuple[Examples, float]:

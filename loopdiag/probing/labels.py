@@ -41,4 +41,5 @@ def read_labels(run: Run, tasks: dict[str, Examples]) -> Iterator[Found]:
                     read = of_embedding[what] if known else labelled.probe(x)
                     of_embedding.setdefault(what, read)
                     run.count("probing", of=3 * len(tasks) * len(points))
-                    yield Found(what, name, hook or None, loop, read.accuracy, read.nll, read.C)
+                    unconverged = 0 if known else read.unconverged
+                    yield Found(what, name, hook or None, loop, read.accuracy, read.nll, read.C, unconverged)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C: the larger, the weaker the regularisation
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C: the larger, the weaker the regularisation
 FOLDS = 2
 ITERATIONS = 500
 TOLERANCE = 1e-3  # ten times scikit-learn's: below, losses move in the fourth digit only
@@ -32,11 +32,13 @@ class Probe:
         pipeline: Standardisation and classifier.
         C: The chosen inverse strength of the regularisation.
         n_classes: Classes 0 to n_classes - 1, whether or not all of them were seen.
+        unconverged: How many of its fits, those of the folds included, did not converge.
     """
 
     pipeline: Pipeline
     C: float
     n_classes: int
+    unconverged: int = 0
 
     def log_probabilities(self, x: Float[np.ndarray, "token width"]) -> Float[np.ndarray, "token class"]:
         """Log probability of every class, in nats."""
@@ -69,19 +71,25 @@ def fit_probe(
         sources: Each token's cluster, at least two different ones.
         n_classes: Classes in all.
     """
-    losses = dict.fromkeys(STRENGTHS, 0.0)
+    losses, unconverged = dict.fromkeys(STRENGTHS, 0.0), 0
     for inside, outside in GroupKFold(FOLDS).split(x, groups=sources):
         for C in STRENGTHS:
-            losses[C] += Probe(_fit(x[inside], y[inside], C), C, n_classes).score(x[outside], y[outside])[1].sum()
-    best = min(STRENGTHS, key=lambda C: losses[C])
-    return Probe(_fit(x, y, best), best, n_classes)
+            probe = _fit(x[inside], y[inside], C, n_classes)
+            losses[C] += probe.score(x[outside], y[outside])[1].sum()
+            unconverged += probe.unconverged
+    probe = _fit(x, y, min(STRENGTHS, key=lambda C: losses[C]), n_classes)
+    return replace(probe, unconverged=unconverged + probe.unconverged)
 
 
-def _fit(x: np.ndarray, y: np.ndarray, C: float) -> Pipeline:
+def _fit(x: np.ndarray, y: np.ndarray, C: float, n_classes: int) -> Probe:
     one_class = len(np.unique(y)) == 1
     classifier: Any = DummyClassifier() if one_class else LogisticRegression(C=C, tol=TOLERANCE, max_iter=ITERATIONS)
-    with warnings.catch_warnings():
-        # What has not settled after so many steps is scored as it is, like everything else, on other documents.
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # few places, not a regression
-        return make_pipeline(StandardScaler(), classifier).fit(x, y)
+        pipeline = make_pipeline(StandardScaler(), classifier).fit(x, y)
+    # What has not converged is scored as it is, like everything else, on other documents; and counted.
+    unconverged = [each for each in told if issubclass(each.category, ConvergenceWarning)]
+    for other in (each for each in told if each not in unconverged):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    return Probe(pipeline, C, n_classes, len(unconverged))

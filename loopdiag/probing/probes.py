@@ -82,7 +82,8 @@ def probe(
     )
     halves, unlabelled = _labelled(everything, targets)
     run = Run(model, n_loops, halves, loops_of, batch_size, seed, progress or (lambda what, done, of: None))
-    found, said = _labels(run, targets, places, classes) if targets else _carried(run, places)
+    probes, said = _labels(run, targets, places, classes) if targets else _carried(run, places)
+    found = list(probes)
     fit, report = halves
     provenance = {
         "schema": SCHEMA,
@@ -97,6 +98,7 @@ def probe(
         "places": places,
         "strengths": STRENGTHS,
         "folds": FOLDS,
+        "unconverged": sum(each.unconverged for each in found),
         "absent": {
             hook: f"loops {', '.join(map(str, sorted(missing)))} have no {hook}"
             for hook, loops in loops_of.items()
@@ -115,7 +117,7 @@ def probe(
         "batch_size": batch_size,
         **about_machine(),
     }
-    return ProbeScores(_dataset(list(found), report, list(loops_of), provenance))
+    return ProbeScores(_dataset(found, report, list(loops_of), provenance))
 
 
 def _targets(suite: str | Sequence[Target]) -> tuple[Target, ...]:

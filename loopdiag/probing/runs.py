@@ -28,6 +28,7 @@ class Found:
         loop: Where; None for every loop.
         score, nll: By document; no score where the kind has none.
         C: The chosen strength; None where nothing was fitted.
+        unconverged: How many of its fits did not converge; of a probe that stands in several places, in the first.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Found:
     score: np.ndarray | None
     nll: np.ndarray
     C: float | None = None
+    unconverged: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -229,7 +229,7 @@ def _decomposed(losses: SweepLosses, seed: int) -> Iterator[Decomposition]:
 
 def _probes(scores: ProbeScores, place: int, seed: int) -> dict[str, Any]:
     """What the page says of probes."""
-    (drawn,) = plots.pictures_of_probes(scores, ["svg"]).values()
+    (drawn,) = plots.pictures_of_probes(scores, ["svg"], seed=seed).values()
     return {
         "about": scores.provenance,
         "table": scores.table(seed),

@@ -34,12 +34,17 @@ def tables(diagnoses: Sequence[Diagnosis]) -> dict[str, bytes]:
     return {name: _csv(header, rows) for name, (header, rows) in found.items() if rows}
 
 
-def probe_table(scores: ProbeScores) -> bytes:
-    """What probes read, by target, hook and loop, as a CSV file in the columns of a `ScoreRow`."""
+def probe_table(scores: ProbeScores, seed: int = 0) -> bytes:
+    """What probes read, by target, hook and loop, as a CSV file in the columns of a `ScoreRow`.
+
+    Args:
+        scores: What was read.
+        seed: Of the bootstrap.
+    """
     about = scores.provenance
     names = [field.name for field in fields(ScoreRow)]
     rows = []
-    for row in scores.table():
+    for row in scores.table(seed):
         values = [getattr(row, name) for name in names]
         cells = [_yes(value) if isinstance(value, bool) else value for value in values]
         rows.append([_number(cell) if isinstance(cell, float) else cell for cell in cells])
