@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -206,6 +206,7 @@ def diagnose(
         DiagnosisError: No tokenizer, `max_tokens` beyond the model, or a subset of the loops or parts of a
             `ForeignModel`.
         PartsError: `parts` are of other numbers.
+        FloatingPointError: No document gave finite numbers. Those that do not are left out and named in the provenance.
         InputError: An unknown group of measures.
 
     Example:
@@ -240,11 +241,8 @@ def diagnose(
         "measures": list(groups),
         "corpus": corpus.name,
         "corpus_sha256": corpus.fingerprint,
-        "documents": len(report),
-        "documents_cut": sum(document.cut for document in report),
         "documents_fit": len(fit),
         "documents_too_short": len(corpus) - len(fit) - len(report),
-        "tokens": sum(len(document.input_ids) - 1 for document in report),
         "max_tokens": max_tokens,
         "rank_tokens": run.rank_tokens,
         "seed": seed,
@@ -258,13 +256,17 @@ def diagnose(
         thresholds = run.exit_rules(fit) if "exit_rules" in groups and fit else {}
         found, shown, missing = run.measure(fitted)
     provenance = about | {
+        "documents": len(run.report),
+        "documents_cut": sum(document.cut for document in run.report),
+        "documents_not_finite": run.not_finite,
+        "tokens": sum(len(document.input_ids) - 1 for document in run.report),
         "absent": {name: why for name, why in missing.items() if name not in thresholds},
         "ridges": {f"{kind} {loop}": ridge for (kind, loop), ridge in sorted(fitted.ridges.items())}
         if fitted
         else None,
     }
     arrays = {name: values.double().cpu().numpy() for name, values in (found | thresholds).items()}
-    return Diagnosis(_dataset(arrays | shown, report, (0, *kept), run, provenance))
+    return Diagnosis(_dataset(arrays | shown, run.report, (0, *kept), run, provenance))
 
 
 class _Run:
@@ -286,7 +288,8 @@ class _Run:
         self.groups, self.report, self.parts = groups, report, parts
         self.rank_tokens = matched_tokens(len(document.input_ids) for document in report)
         self.longest = max(len(document.input_ids) for document in report)
-        self.shown = spread(report, SHOWN_DOCUMENTS)
+        self.shown: list[int] = []
+        self.not_finite: list[str] = []
         self.token_class: tuple[Tensor, int] | None = None
         if "classes" in groups:
             ids = model.tokenizer.get_vocab().values()
@@ -349,7 +352,9 @@ class _Run:
 
         def traces(documents: Sequence[TokenDocument]) -> Iterator[LoopTrace]:
             for batch in self.batches(documents, "fitting readouts", RECORDINGS * len(fit)):
-                yield self.record(batch)
+                trace = self.record(batch)
+                if trace.finite.any():
+                    yield replace(trace, mask=trace.mask & trace.finite[:, None])
 
         order = np.random.default_rng(self.seed).permutation(len(fit))
 
@@ -365,7 +370,9 @@ class _Run:
         """The exit rules' means over the documents on which thresholds are chosen."""
 
         def of_batch(batch: Batch) -> dict[str, Tensor]:
-            return take(self.record(batch), ("exit_rules",), self.rank_tokens)
+            trace = self.record(batch)
+            taken = take(trace, ("exit_rules",), self.rank_tokens)
+            return {name: values[trace.finite.to(values.device)] for name, values in taken.items()}
 
         parts = list(self.taken("exit rules", fit, of_batch))
         return {f"{name}_fit": torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
@@ -380,6 +387,7 @@ class _Run:
                 pooled.add({name: part.pop(name) for name in [*part] if name.startswith("pooled_")})
             parts.append(part)
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found = self.finite(found)
         if pooled is not None:
             found |= pooled.result()
         if ours is not None and "noise" in self.groups:
@@ -392,8 +400,23 @@ class _Run:
         trace = self.record(next(batches(self.report, 1))) if self.last is None else self.last
         return found, shown, absent(trace, {*found, *shown}, self.groups)
 
+    def finite(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What was found of the documents whose numbers are finite; the others are no longer reported on."""
+        finite = found.pop("finite")
+        if not finite.any():
+            raise FloatingPointError(
+                f"None of the {len(finite)} documents gave finite numbers: states of {self.model.source} are NaN or "
+                "too large. Run it in a dtype of wider range (bfloat16 or float32, not float16) or with fewer loops, or "
+                "look at its weights."
+            )
+        told = list(zip(self.report, finite.tolist(), strict=True))
+        self.report = [document for document, is_finite in told if is_finite]
+        self.not_finite = [document.name for document, is_finite in told if not is_finite]
+        self.shown = spread(self.report, SHOWN_DOCUMENTS)
+        return {name: values[finite] for name, values in found.items()}
+
     def of_batch(self, fitted: Readouts | None, batch: Batch) -> dict[str, Tensor]:
-        """Every measure of a batch, with the document first, and the moments that `pooled` needs."""
+        """Every measure of a batch, with the document first, which of them are `finite`, and moments for `pooled`."""
         ours = None if isinstance(self.model, ForeignModel) else self.model
         watching: dict[str, AttentionMeasures | LayerSimilarity] = {}
         if ours is not None and {"attention", "attention_pairs", "heads"} & set(self.groups):
@@ -408,9 +431,12 @@ class _Run:
             found |= watch.result()
         if fitted is not None:
             found |= fitted.measure(trace)
+        finite = trace.finite
+        if "nll_exit" in found:
+            finite = finite & found["nll_exit"].isfinite().all(1).to(finite.device)
         if "pooled" in self.groups:
-            found |= PooledRank.moments(trace)
-        return found
+            found |= PooledRank.moments(replace(trace, mask=trace.mask & finite[:, None]))
+        return found | {"finite": finite}
 
     def tokens(self) -> dict[str, np.ndarray]:
         """A few documents of different sources, token by token; nothing where they cannot be read."""

@@ -168,6 +168,11 @@ def _fit(
 ) -> dict[tuple[Named, float], Translator]:
     """A translator for each input and ridge: Adam on the mean NLL plus ridge * ||A||^2, its rate falling to 0."""
     moments, tokens = _moments(traces_of(documents))
+    if not moments:
+        raise FloatingPointError(
+            "No document to fit readouts on gave finite numbers: run the model in a dtype of wider range, or leave the "
+            "measures of the group readouts out."
+        )
     fitted = {
         (name, ridge): Translator(*moments[name], adds=name[0] == "exit")
         for name in moments

@@ -100,6 +100,12 @@ class LoopTrace:
         return self.readout if self.coda is None else self.norm(self.raw)
 
     @property
+    def finite(self) -> Bool[Tensor, " document"]:
+        """Whether a document's states are numbers: none is NaN or infinite, nor so large that their sum is."""
+        total = self.raw.sum(-1, dtype=torch.promote_types(self.raw.dtype, torch.float32))
+        return (total.isfinite() | ~self.mask).all(2).all(0)
+
+    @property
     def exit_state(self) -> States:
         """Y_r, or the coda's output; the readout is N of it."""
         return self.raw if self.coda is None else self.coda

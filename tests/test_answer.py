@@ -26,6 +26,7 @@ ANSWER = {
     "run_loops": int,
     "measured_loops": list,
     "documents": int,
+    "documents_not_finite": int,
     "tokens": int,
     "price_nats_per_loop": float,
     "verdict": str,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 stdout, stderr = Console(), Console(stderr=True)
 
+_BYTES = (1024, (" B", " KiB", " MiB", " GiB"))
 LISTED = 4  # names of a note; the JSON has all of them
 
 
@@ -129,6 +130,9 @@ def print_notes(result: Diagnosis | Effects | ProbeScores) -> None:
         note(f"{about['documents_cut']} of {about['documents']} documents were cut at {about['max_tokens']} tokens")
     if about["documents_too_short"]:
         note(f"{about['documents_too_short']} documents were left out: too short")
+    if lost := about.get("documents_not_finite"):
+        few = ", ".join(lost[:LISTED]) + (f" and {len(lost) - LISTED} more" if len(lost) > LISTED else "")
+        note(f"{len(lost)} documents were left out: their numbers are not finite ({few})")
     if about["dtype"] in ("bfloat16", "float16") and "noise_step" in about["absent"]:
         note(f"small changes may be rounding in {about['dtype']}: --measures default,noise says how small")
     reasons: dict[str, list[str]] = {}
@@ -152,7 +156,8 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
         title=f"{model}: trained with {_loops(told['trained_loops'])}, run with {told['run_loops']}{beyond}",
         caption=("Some loops were measured: gain, cost and cos are from one of them to the next. " if some else "")
         + f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {corpus}. "
-        "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
+        + (f"{told['documents_not_finite']} more gave no finite numbers. " if told["documents_not_finite"] else "")
+        + "NLL, gain and cost in nats per token. Intervals are over documents; they leave out the training seed.",
         box=None,  # at three digits the columns just fit into 80 characters
         padding=(0, 1 if lens else 2, 0, 0),
         pad_edge=False,
@@ -191,6 +196,29 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
     lines.append(f"    lenses   agree: {', '.join(agree) or 'none'}; differ: {', '.join(differ) or 'none'}")
     for line in lines:
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    if "decoding" in told:
+        _print_decoding(told["decoding"], told["provenance"])
+
+
+def _print_decoding(costs: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """What a new token takes under each loop count."""
+    table = Table(
+        title=f"A new token after {costs[0]['prompt']}, on {about['device']} in {about['dtype']}, timed",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+    )
+    for heading in ("loops", "loops in turn", "side by side", "KV / token", "KV fixed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cost in costs:
+        times = (cost["sequential"], cost["parallel"])
+        table.add_row(
+            str(cost["loops"]),
+            *("-" if seconds is None else f"{1e3 * seconds:.3g} ms" for seconds in times),
+            *(_short(cost["kv"][of], *_BYTES) for of in ("per_token", "fixed")),
+        )
+    stdout.print(table)
 
 
 def _loops(count: int) -> str:
@@ -256,8 +284,8 @@ def print_info(model: str, told: dict[str, Any]) -> None:
             f"{row['loops']}{'*' if row['extrapolated'] else ''}",
             _short(row["parameters_if_unshared"], 1000, ("", " k", " M", " B", " T")),
             _short(row["flops_per_token"], 1000, ("", " k", " M", " G", " T", " P")),
-            _short(row["kv_bytes_per_token"], 1024, (" B", " KiB", " MiB", " GiB")),
-            _short(row["kv_bytes_fixed"], 1024, (" B", " KiB", " MiB", " GiB")),
+            _short(row["kv_bytes_per_token"], *_BYTES),
+            _short(row["kv_bytes_fixed"], *_BYTES),
         )
     stdout.print(table)
     stdout.print(

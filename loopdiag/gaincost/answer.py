@@ -32,6 +32,7 @@ def answer(diagnosis: Diagnosis, recommendation: Recommendation) -> dict[str, An
         "run_loops": about["run_loops"],
         "measured_loops": about["measured_loops"],
         "documents": about["documents"],
+        "documents_not_finite": len(about.get("documents_not_finite", ())),
         "tokens": about["tokens"],
         "price_nats_per_loop": recommendation.price,
         "bootstrap": {"seed": recommendation.seed, "draws": DRAWS},

@@ -256,7 +256,8 @@ def _shards(folder: Path) -> list[str]:
     names = sorted(set(shards.values()))
     if strangers := [name for name in names if not SHARD.fullmatch(name)]:
         raise LoadError(
-            f"{folder / INDEX} names {_few([repr(name) for name in strangers])}: allowed are safetensors files of its own folder, by their name."
+            f"{folder / INDEX} names {_few([repr(name) for name in strangers])}: allowed are safetensors files of its "
+            "own folder, by their name."
         )
     return names
 
