@@ -14,7 +14,9 @@ import torch
 from scipy import linalg, spatial, special
 from torch import Tensor
 
+from loopdiag.diagnosis import Diagnosis
 from loopdiag.model import LoopedLM
+from loopdiag.summary import loop_cka
 
 LONGEST_RANK = 256  # tokens of a document that ranks and CKA look at
 NOT_HERE = ("motion_label", "gate_by_position")  # of the default groups, what is left out
@@ -48,6 +50,17 @@ def measure(model: LoopedLM, documents: list[list[int]]) -> dict[str, np.ndarray
         if len(ids) >= rank_tokens:
             normed.append(readout[:, :rank_tokens])
     return {name: np.stack(values) for name, values in found.items()} | {"cka": cka(normed)}
+
+
+def assert_same(found: dict[str, np.ndarray], diagnosis: Diagnosis) -> None:
+    """Hold what `measure` gives against a diagnosis of the same model and documents, every measure of it."""
+    np.testing.assert_allclose(found["cka"], loop_cka(diagnosis).mean, rtol=1e-4)
+    ours = {str(name): values.values for name, values in diagnosis.data.data_vars.items()}
+    theirs = {name: values for name, values in found.items() if name != "cka"}
+    assert set(theirs) == set(ours) - {*NOT_HERE, "hsic"}
+    for name, values in theirs.items():
+        assert np.isnan(values).tolist() == np.isnan(ours[name]).tolist(), name
+        np.testing.assert_allclose(values, ours[name], rtol=2e-3, atol=1e-5, err_msg=name)
 
 
 def after(first: int, values: np.ndarray) -> np.ndarray:

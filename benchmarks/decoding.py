@@ -7,8 +7,7 @@ process) and the bytes of keys and values, for
 
 - looped: no offset and keys and values of every loop its own, so that loops can only follow each other;
 - PLT, one by one: offset and shared memory, loops run in order as `model(ids, past=past)` does;
-- PLT, side by side: the same model under the parallel schedule (`ParallelLoops`), whose logits are asserted to be the
-  same.
+- PLT, side by side: the same model under the parallel schedule (`ParallelLoops`), which writes the same text.
 
 arXiv 2606.18023 gives these in O-notation: time O(R) and memory O(R) for looped, about O(1) for the last.
 """
@@ -16,84 +15,53 @@ arXiv 2606.18023 gives these in O-notation: time O(R) and memory O(R) for looped
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import os
 from dataclasses import replace
 
 import torch
 from overhead import LARGE
-from torch import Tensor
 
-from loopdiag.model import LoopedConfig, LoopedLM, facts
-from loopdiag.model.parallel import ParallelLoops
-from loopdiag.model.past import Past
+from loopdiag.model import LoopedConfig, LoopedLM
+from loopdiag.model.decoding import DecodingCost, decoding_costs
 
-WIRINGS = {
-    "looped": replace(LARGE, offset=0, memory="own"),
-    "PLT, one by one": LARGE,
-    "PLT, side by side": LARGE,
-}
+WIRINGS = {"looped": replace(LARGE, offset=0, memory="own"), "PLT": LARGE}
 
 
 def made(cfg: LoopedConfig, device: str, dtype: torch.dtype) -> LoopedLM:
+    """A model with random weights."""
     model = LoopedLM(cfg).eval()
     model.init_weights(0)
     return model.to(device, dtype)
 
 
-def stepper(name: str, model: LoopedLM, prompt: Tensor, new: int, n_loops: int) -> Callable[[Tensor], Tensor]:
-    """What runs one more token, the prompt behind it."""
-    past = Past()
-    model(prompt, n_loops=n_loops, return_type="last", past=past)
-    if name == "PLT, side by side":
-        return ParallelLoops(model, past, n_loops, prompt.shape[1] + new).step
-    return lambda ids: model(ids, n_loops=n_loops, return_type="last", past=past)
-
-
-def seconds(step: Callable[[Tensor], Tensor], ids: Tensor) -> tuple[float, Tensor]:
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    logits = step(ids)
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, logits
-
-
-@torch.no_grad()
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--prompt", type=int, default=1024, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=24, help="new tokens, of whose times the median is taken")
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()
-    dtype = getattr(torch, asked.dtype)
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, LARGE.vocab_size, (1, asked.prompt + asked.new), generator=random).to(asked.device)
-    prompt, following = ids[:, : asked.prompt], ids[:, asked.prompt :].split(1, dim=1)
-    models = {cfg: made(cfg, asked.device, dtype) for cfg in set(WIRINGS.values())}
-    print(f"{asked.device}, {asked.dtype}, {torch.get_num_threads()} threads, prompt of {asked.prompt} tokens")
-    print(f"{'loops':>5} {'':20} {'ms/token':>9} {'over one loop':>13} {'KV bytes/token':>14} {'fixed bytes':>11}")
-    one: dict[str, float] = {}
-    for n_loops in asked.loops:
-        steps = {name: stepper(name, models[cfg], prompt, asked.new, n_loops) for name, cfg in WIRINGS.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for token in following:
-            logits = {}
-            for name, step in steps.items():
-                taken, logits[name] = seconds(step, token)
-                times[name].append(taken)
-            if dtype == torch.float32:
-                torch.testing.assert_close(logits["PLT, side by side"], logits["PLT, one by one"], atol=1e-3, rtol=1e-3)
-        for name, cfg in WIRINGS.items():
-            median = 1e3 * statistics.median(times[name][2:])  # the first ones warm up
-            kv = facts.kv_bytes(cfg, n_loops, dtype.itemsize)
-            ratio = median / one.setdefault(name, median)
-            print(f"{n_loops:5} {name:20} {median:9.1f} {ratio:13.2f} {kv.per_token:14,} {kv.fixed:11,}")
+    print(
+        f"{asked.device}, {asked.dtype}, {torch.get_num_threads()} threads, prompt of {asked.prompt} tokens,", end=" "
+    )
+    print(f"load of the machine {os.getloadavg()[0]:.1f}")
+    print(f"{'loops':>5} {'':18} {'ms/token':>9} {'over one loop':>13} {'KV bytes/token':>14} {'fixed bytes':>11}")
+    for name, cfg in WIRINGS.items():
+        model = made(cfg, asked.device, getattr(torch, asked.dtype))
+        costs = decoding_costs(model, asked.loops, prompt=asked.prompt, new=asked.new)
+        for schedule, shown in (("sequential", ", one by one"), ("parallel", ", side by side")):
+            for cost in costs:
+                print_row(name + shown, cost, getattr(cost, schedule), getattr(costs[0], schedule))
+
+
+def print_row(name: str, cost: DecodingCost, seconds: float | None, first: float | None) -> None:
+    """A row of the table, where the model allows the schedule."""
+    if seconds is None or first is None:
+        return
+    kv = cost.kv
+    print(f"{cost.loops:5} {name:18} {1e3 * seconds:9.1f} {seconds / first:13.2f} {kv.per_token:14,} {kv.fixed:11,}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import asdict
 from functools import partial
 from json import dumps as as_json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -39,6 +40,7 @@ from loopdiag.cli.options import (
     QuietOption,
     RevisionOption,
     SaveOption,
+    Schedule,
     SeedOption,
     TokensOption,
     check_price,
@@ -63,6 +65,10 @@ from loopdiag.cli.runs import SWEEP, Checkpoint, Run
 from loopdiag.cli.sweep import recommend_from_sweep
 from loopdiag.cli.sweep import sweep as run_sweep
 from loopdiag.errors import InputError
+
+if TYPE_CHECKING:
+    from loopdiag.model import LoopedLM
+    from loopdiag.model.decoding import DecodingCost
 
 app = typer.Typer(
     help="How many loops are worth it? Diagnoses of looped language models, loop by loop.",
@@ -97,6 +103,10 @@ def recommend(
     json: JsonOption = None,
     figures: FiguresOption = None,
     save: SaveOption = None,
+    decoding: Annotated[
+        bool,
+        typer.Option("--decoding/--no-decoding", help="Also time a new token under each loop count, on this machine."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Recommend how many loops to run a checkpoint with, and predict how many to train with.
@@ -110,17 +120,24 @@ def recommend(
         checkpoint = Checkpoint(model, revision, offline, device, dtype)
         run = Run(checkpoint, data, documents, max_tokens, loops, batch_size, seed, quiet, measures, at)
         if losses := run.losses():
-            if save:
-                raise InputError(f"--save keeps a diagnosis, and {model} is a sweep, which is kept: leave it out.")
+            if save or decoding:
+                raise InputError(f"--save and --decoding are of one model, and {model} is a sweep: leave them out.")
             answered = recommend_from_sweep(losses, run.kept(), price, seed, json, figures, quiet)
             raise typer.Exit(Exit.ANSWERED if answered else Exit.UNDETERMINED)
-        diagnosis = run.diagnosis(needs="prediction")
+        costs: list[DecodingCost] = []
+
+        def time_decoding(net: LoopedLM) -> None:
+            from loopdiag.model.decoding import decoding_costs
+
+            costs.extend(decoding_costs(net, run.kept() or range(1, (loops or net.cfg.n_loops) + 1), seed=seed))
+
+        diagnosis = run.diagnosis(needs="prediction", also=time_decoding if decoding else None)
 
         from loopdiag import gaincost
         from loopdiag.gaincost.answer import answer
 
         recommendation = gaincost.recommend(diagnosis, price, seed=seed)
-        told = answer(diagnosis, recommendation)
+        told = answer(diagnosis, recommendation) | ({"decoding": [asdict(cost) for cost in costs]} if decoding else {})
         if save:
             diagnosis.save(save)
         if figures:
@@ -274,6 +291,10 @@ def generate(
         float, typer.Option("--top-p", help="Draw from the likeliest tokens of this much probability.")
     ] = 1.0,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template.")] = False,
+    schedule: Annotated[
+        Schedule,
+        typer.Option("--schedule", help="Run a token's loops in turn, or all in one pass, as an offset allows."),
+    ] = Schedule.sequential,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws, and of a random initial state.")] = 0,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
@@ -311,7 +332,7 @@ def generate(
             note(f"{len(ids)} + {max_new_tokens} tokens may go beyond the {net.cfg.n_ctx} that {model} was made for")
         prompts = torch.tensor([ids], device=net.embed.weight.device)
         settings = {"n_loops": loops, "temperature": temperature, "top_p": top_p, "seed": seed}
-        written = net.generate(prompts, max_new_tokens, **settings)[0].tolist()
+        written = net.generate(prompts, max_new_tokens, schedule=schedule.value, **settings)[0].tolist()
         sys.stdout.write(net.tokenizer.decode(written, skip_special_tokens=True) + "\n")
 
 

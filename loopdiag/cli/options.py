@@ -28,6 +28,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Schedule(StrEnum):
+    """How a new token's loops are run."""
+
+    sequential = "sequential"
+    parallel = "parallel"
+
+
 class Dtype(StrEnum):
     """What the model computes in."""
 

@@ -83,17 +83,25 @@ class Run:
     measures: str = "default"
     at: str | None = None
 
-    def diagnosis(self, needs: str | None = None, parts: Parts | None = None) -> Diagnosis:
+    def diagnosis(
+        self,
+        needs: str | None = None,
+        parts: Parts | None = None,
+        also: Callable[[LoopedLM], None] | None = None,
+    ) -> Diagnosis:
         """Read a saved diagnosis, or make one; everything that can be wrong is found before the model runs.
 
         Args:
             needs: A group of measures that has to be among those asked for.
             parts: Where what is measured is kept as it appears.
+            also: Called with the model, once it is measured.
         """
         self._check()
         kept = self.kept()
         model = self.checkpoint.model
         if Path(model).is_file():
+            if also is not None:
+                raise InputError(f"--decoding times a model, and {model} is a saved diagnosis: give the model.")
             return self._saved()
         if model.endswith(".nc"):
             raise InputError(f"There is no file {model}: a saved diagnosis comes from `loopdiag diagnose --save`.")
@@ -105,9 +113,13 @@ class Run:
 
         from loopdiag.diagnosis import diagnose
 
-        return self._made(
-            partial(diagnose, at=kept, measures=groups, parts=parts), loops=kept[-1] if kept else self.loops
-        )
+        def measured(net: LoopedLM, *rest: Any, **settings: Any) -> Diagnosis:
+            made = diagnose(net, *rest, at=kept, measures=groups, parts=parts, **settings)
+            if also is not None:
+                also(net)
+            return made
+
+        return self._made(measured, loops=kept[-1] if kept else self.loops)
 
     def losses(self) -> SweepLosses | None:
         """The losses of a sweep, where the model is the folder or the file of one."""

@@ -40,7 +40,15 @@ def _spread(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch"]:
 
 
 def _singular_values(asked_by: str, h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "*batch value"]:
-    return torch.linalg.svdvals(_rankable(asked_by, h))
+    values = torch.linalg.eigvalsh(_gram(_rankable(asked_by, h)))
+    # Below this share of the largest they are rounding; of singular values that is about 1e-7.
+    rounding = values.shape[-1] * torch.finfo(values.dtype).eps
+    return values.where(values > rounding * values.amax(-1, keepdim=True), 0).sqrt()
+
+
+def _gram(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "*batch side side"]:
+    """The smaller one of two with the same spectrum, but for zeros."""
+    return h @ h.mT if h.shape[-2] < h.shape[-1] else h.mT @ h
 
 
 def _rankable(asked_by: str, h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tensor, "*batch tokens d_model"]:
@@ -64,9 +72,8 @@ def participation_ratio(h: Float[Tensor, "*batch tokens d_model"]) -> Float[Tens
     Source: Gao et al. (2017).
     """
     h = _rankable("participation_ratio", h)
-    # The sums need no singular values: they are the squared norms of h and of its Gram matrix, the smaller one.
-    gram = h @ h.mT if h.shape[-2] < h.shape[-1] else h.mT @ h
-    return h.square().sum((-2, -1)).square() / gram.square().sum((-2, -1))
+    # The sums need no singular values: they are the squared norms of h and of its Gram matrix.
+    return h.square().sum((-2, -1)).square() / _gram(h).square().sum((-2, -1))
 
 
 def document_rank(
