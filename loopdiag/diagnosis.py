@@ -406,8 +406,8 @@ class _Run:
         if not finite.any():
             raise FloatingPointError(
                 f"None of the {len(finite)} documents gave finite numbers: states of {self.model.source} are NaN or "
-                "too large. Run it in a dtype of wider range (bfloat16 or float32, not float16) or with fewer loops, or "
-                "look at its weights."
+                "too large. Run it in a dtype of wider range (bfloat16 or float32, not float16) or with fewer loops, "
+                "or look at its weights."
             )
         told = list(zip(self.report, finite.tolist(), strict=True))
         self.report = [document for document, is_finite in told if is_finite]

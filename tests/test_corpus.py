@@ -289,7 +289,7 @@ def test_a_path_object_never_goes_to_the_hub(tmp_path, monkeypatch):
         ('["a"]', "line 1 of x.jsonl is a JSON list. Allowed: an object"),
         ('{"text": "a"}\n{"content": 3}', '"content" on line 2 of x.jsonl is of type int. Allowed: a string.'),
         ('{"text": null}', '"text" on line 1 of x.jsonl is of type NoneType. Allowed: a string.'),
-        ('{"text": "\\ud800"}', '"text" on line 1 of x.jsonl has half a surrogate pair. Allowed: valid Unicode.'),
+        ('{"text": "\\ud800"}', '"text" on line 1 of x.jsonl has half a surrogate pair. Allowed: valid Unicode'),
         ("", "x.jsonl holds no text. Allowed: "),
         ('{"text": ""}\n{"text": " "}', r"x.jsonl holds no text \(skipped: 2 empty\). Allowed: "),
         ("\0", r"x.jsonl is binary \(it has a NUL byte\). Allowed: text in UTF-8."),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LONGEST_TOKEN = 256  # characters; hardly any vocabulary has longer ones
+
 
 @dataclass(frozen=True)
 class TokenDocument:
@@ -72,9 +74,15 @@ def tokenize(
     if not documents:
         return []
     # verbose=False: documents beyond the model's length are expected, and cut below.
-    encoded = tokenizer([document.text for document in documents], add_special_tokens=True, verbose=False)
+    texts = [beginning(document.text, max_tokens) for document in documents]
+    encoded = tokenizer(texts, add_special_tokens=True, verbose=False)
     tokenized = [
-        TokenDocument(document.name, document.source, tuple(ids[:max_tokens]), cut=len(ids) > max_tokens)
+        TokenDocument(
+            document.name,
+            document.source,
+            tuple(ids[:max_tokens]),
+            cut=len(ids) > max_tokens or beginning(document.text, max_tokens) != document.text,
+        )
         for document, ids in zip(documents, encoded["input_ids"], strict=True)
         if len(ids) >= min_tokens
     ]
@@ -85,6 +93,11 @@ def tokenize(
     if n_short := len(documents) - len(tokenized):
         logger.info("%d of %d documents left out: shorter than %d tokens", n_short, len(documents), min_tokens)
     return tokenized
+
+
+def beginning(text: str, max_tokens: int) -> str:
+    """As much of a text as can fall on so many tokens: a giant one is not tokenised for its first page."""
+    return text[: max_tokens * LONGEST_TOKEN]
 
 
 def batches(documents: Sequence[TokenDocument], batch_size: int) -> Iterator[Batch]:

@@ -23,6 +23,8 @@ SOURCE_FIELDS = ("source", "repo", "path")
 RECORD_SUFFIXES = (".jsonl", ".json", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 HUB_ROWS = 2_000
+LARGEST_TEXT = 2**28  # bytes of a file, characters of a corpus: more than anybody measures, and held in memory
+PARQUET_ROWS = 64  # at a time: a small file may hold the same large text many times
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 ALLOWED = (
     "Allowed: a folder of text files, a .jsonl, .json (one object per line) or .parquet file with a "
@@ -58,22 +60,24 @@ def read(data: str | os.PathLike[str], *, revision: str | None = None, rows: int
         depends on the names and sizes of the sources, not on their order.
 
     Raises:
-        CorpusError: Nothing there, not text, a broken line or row, fewer than 16 documents or only one source.
+        CorpusError: Nothing there, not text, a broken line or row, fewer than 16 documents or only one source, or more
+            text than is held in memory.
     """
     given = os.fspath(data)
     path = Path(os.path.expanduser(given))  # not Path.expanduser, which raises for an unknown user
     skipped: Counter[str] = Counter()
     # os.path rather than Path's methods, which raise for a name that is too long. "" is no path, Path("") is.
     if given and os.path.isdir(path):
-        name, documents = path.resolve().name, _folder_documents(path, skipped)
+        name, documents = _writable(path.resolve().name), _folder_documents(path, skipped)
     elif given and os.path.exists(path):
-        name, documents = path.name, _file_documents(path, path.name, skipped)
+        name = _writable(path.name)
+        documents = _file_documents(path, name, skipped)
     elif isinstance(data, str) and _looks_like_hub_id(data):
         name, documents = data, _hub_documents(data, revision, rows, skipped)
     else:
         raise CorpusError(f"{given!r}: no such file or folder. {ALLOWED}. Check the path.")
 
-    unique = _without_repetitions(documents, skipped)
+    unique = _without_repetitions(_bounded(documents, given), skipped)
     left_out = f" (skipped: {', '.join(f'{n} {reason}' for reason, n in sorted(skipped.items()))})" if skipped else ""
     if not unique:
         raise CorpusError(f"{given} holds no text{left_out}. {ALLOWED}. Check that this is the right one.")
@@ -128,6 +132,24 @@ def _looks_like_hub_id(data: str) -> bool:
     return HUB_ID.fullmatch(data) is not None and not is_file_name
 
 
+def _writable(name: str) -> str:
+    """A name as files of results can hold it: valid Unicode without NUL."""
+    return name.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "backslashreplace").decode()
+
+
+def _bounded(documents: Iterable[Document], given: str) -> Iterator[Document]:
+    """The documents, as long as their text is no more than is held in memory."""
+    characters = 0
+    for document in documents:
+        characters += len(document.text)
+        if characters > LARGEST_TEXT:
+            raise CorpusError(
+                f"{given} holds more than {LARGEST_TEXT:,} characters of text, which is the most that is read. "
+                "Give a part of it."
+            )
+        yield document
+
+
 def _without_repetitions(documents: Iterable[Document], skipped: Counter[str]) -> list[Document]:
     """The first document of each text: a repetition could stand on both sides of the split."""
     first: dict[str, Document] = {}
@@ -138,7 +160,7 @@ def _without_repetitions(documents: Iterable[Document], skipped: Counter[str]) -
 
 
 def _folder_documents(folder: Path, skipped: Counter[str]) -> Iterator[Document]:
-    paths = {path.relative_to(folder).as_posix(): path for path in _visible_files(folder)}
+    paths = {_writable(path.relative_to(folder).as_posix()): path for path in _visible_files(folder)}
     if all(path.suffix in (".jsonl", ".parquet") for path in paths.values()):
         for name, path in sorted(paths.items()):
             yield from _file_documents(path, name, skipped)
@@ -155,10 +177,12 @@ def _visible_files(folder: Path) -> Iterator[Path]:
         # os.walk goes on into what is left in this list.
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         paths = (Path(parent, name) for name in files if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())
+        yield from (path for path in paths if os.path.isfile(path))
 
 
 def _file_documents(path: Path, name: str, skipped: Counter[str]) -> Iterator[Document]:
+    if not path.is_file():
+        raise CorpusError(f"{name} is a pipe or a device. {ALLOWED}. Write it to a file first.")
     if path.suffix == ".parquet":
         return _record_documents(_parquet_rows(path, name), name, "row", skipped)
     if path.suffix in RECORD_SUFFIXES:
@@ -176,6 +200,11 @@ def _text_documents(path: Path, name: str, skipped: Counter[str]) -> Iterator[Do
 
 def _file_text(path: Path, name: str) -> str:
     try:
+        if (size := path.stat().st_size) > LARGEST_TEXT:
+            raise CorpusError(
+                f"{name} has {size:,} bytes. Allowed: at most {LARGEST_TEXT:,} bytes of text in a file. Give a part of "
+                "it."
+            )
         data = path.read_bytes()
     except OSError as error:
         raise CorpusError(f"{name} cannot be read: {error.strerror}. Give a file that you may read.") from error
@@ -197,9 +226,11 @@ def _json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except json.JSONDecodeError as error:
+        # Nested without end, or with a number of thousands of digits, it is no JSONDecodeError.
+        except (ValueError, RecursionError) as error:
+            why = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
             raise CorpusError(
-                f"broken JSON on line {number} of {name}: {error.msg} (column {error.colno}). "
+                f"broken JSON on line {number} of {name}: {why}. "
                 "Allowed: one JSON object per line. Mend or remove the line."
             ) from error
 
@@ -213,9 +244,9 @@ def _parquet_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
             wanted = [column for column in file.schema_arrow.names if column in TEXT_FIELDS + SOURCE_FIELDS]
             if not set(wanted) & set(TEXT_FIELDS):
                 raise _no_text_field(name, file.schema_arrow.names)
-            rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
+            rows = (row for batch in file.iter_batches(PARQUET_ROWS, columns=wanted) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{name} cannot be read as parquet: {error}. Write it again or give .jsonl.") from error
 
 
@@ -254,14 +285,15 @@ def _record_documents(
             raise CorpusError(
                 f'"{field}" on {where} is of type {type(text).__name__}. Allowed: a string. Mend or remove the {unit}.'
             )
-        if re.search("[\ud800-\udfff]", text):
+        if wrong := re.search("[\0\ud800-\udfff]", text):
+            what = "a NUL" if wrong[0] == "\0" else "half a surrogate pair"
             raise CorpusError(
-                f'"{field}" on {where} has half a surrogate pair. Allowed: valid Unicode. Mend or remove the {unit}.'
+                f'"{field}" on {where} has {what}. Allowed: valid Unicode without NUL. Mend or remove the {unit}.'
             )
         if not text.strip():
             skipped["empty"] += 1
             continue
-        sources = (str(record[field]) for field in SOURCE_FIELDS if record.get(field) not in (None, ""))
+        sources = (_writable(str(record[field])) for field in SOURCE_FIELDS if record.get(field) not in (None, ""))
         document_name = f"{name}:{number}"
         yield Document(text, document_name, source=next(sources, document_name))
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from loopdiag.corpus import Document, TokenDocument, tokenize
+from loopdiag.corpus.batching import beginning
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ def read(documents: Sequence[Document], tokenizer: Any, max_tokens: int) -> list
     texts = {document.name: document.text for document in documents}
     spans: list[np.ndarray | None] = [None] * len(tokens)
     if tokens and tokenizer.is_fast:
-        encoded = tokenizer([texts[each.name] for each in tokens], return_offsets_mapping=True, verbose=False)
+        read_of = [beginning(texts[each.name], max_tokens) for each in tokens]
+        encoded = tokenizer(read_of, return_offsets_mapping=True, verbose=False)
         ends = (len(each.input_ids) for each in tokens)
         spans = [np.array(each[:end]) for each, end in zip(encoded["offset_mapping"], ends, strict=True)]
     return [
