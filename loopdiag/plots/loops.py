@@ -60,7 +60,7 @@ def lines_by_loop(ax: Axes, values: xr.DataArray, x: np.ndarray, trained: int) -
     loops = [int(loop) for loop in values.dropna("loop", how="all")["loop"].values if loop >= 1]
     if len(loops) > MOST_LINES:
         loops = [loop for loop in loops if loop & (loop - 1) == 0 or loop == loops[-1]]
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(loops)))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.7, len(loops)))  # lighter ones are lost on white
     for index, (loop, colour) in enumerate(zip(loops, colours, strict=True)):
         found = estimate(values.sel(loop=loop))
         ax.plot(
