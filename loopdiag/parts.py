@@ -41,7 +41,7 @@ class Parts:
         first: Whether this is the first of the processes, which keeps the whole result.
 
     Raises:
-        PartsError: The folder has parts, and is not to go on.
+        PartsError: The folder has parts, and is not to go on; or it is somebody's for something else.
 
     Example:
         The same lines go on where they were stopped, and share the work under `torchrun`:
@@ -60,7 +60,9 @@ class Parts:
         together = dist.is_available() and dist.is_initialized()
         self._process, self._processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self._lock = FileLock(self.folder / LOCK, blocking=False)
-        self._left: set[str] = self._names()
+        if self._is_anothers():
+            raise PartsError(f"{self.folder} is there and holds no parts of a diagnosis: move it, or save elsewhere.")
+        self._left = self._names()
         if self._left and not resume:
             raise PartsError(
                 f"{self.folder} has what a stopped run measured: go on with it (--resume, in Python resume=True), or "
@@ -137,6 +139,13 @@ class Parts:
     def _names(self) -> set[str]:
         return {file.name.removesuffix(SUFFIX) for file in self.folder.glob(f"*{SUFFIX}")}
 
+    def _is_anothers(self) -> bool:
+        """Whether there is something that is not ours to write into, and to remove in the end."""
+        if not self.folder.is_dir():
+            return self.folder.exists()
+        strange = [file for file in self.folder.iterdir() if file.name != LOCK and not file.name.startswith(".")]
+        return bool(strange) and not (self.folder / ABOUT).is_file()
+
     def _take(self, everyone: Sequence[dict[str, Any]]) -> str | None:
         """Take the folder for these processes; why not, where it cannot be."""
         ours = everyone[0]
@@ -149,7 +158,7 @@ class Parts:
             return f"Another run is measuring into {self.folder}: wait for it, or stop it."
         said = self.folder / ABOUT
         if self._left:
-            theirs = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
+            theirs = json.loads(said.read_text(encoding="utf-8"))
             if theirs != ours:
                 self._lock.release()
                 return (

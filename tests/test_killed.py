@@ -17,7 +17,7 @@ import pytest
 
 from loopdiag.files import whole
 
-ASKED = ["diagnose", "tiny-plt-2", "--documents", "16", "--max-tokens", "32", "--batch-size", "1", "--quiet"]
+ASKED = ["diagnose", "tiny-plt-2", "--documents", "16", "--max-tokens", "32", "--batch-size", "2", "--quiet"]
 ASKED += ["--measures", "prediction,readouts,motion,exit_rules"]
 
 
@@ -77,7 +77,7 @@ def unbroken(start, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "kills"), [("diagnose", 8), ("report", 6), ("figures", 6)])
 def test_killed_again_and_again(start, unbroken, tmp_path, command, kills):
-    """Whatever has a final name is whole at all times; in the end everything is there, to the byte, and nothing else."""
+    """Whatever has a final name is whole at all times; in the end all is there, to the byte, and nothing else."""
     commands = {
         "diagnose": [*ASKED, "--save", "saved.nc", "--resume"],
         "report": ["report", "saved.nc", "--out", "page.html"],

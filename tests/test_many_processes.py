@@ -220,7 +220,8 @@ def test_missing_parts_are_shared_out(tmp_path, monkeypatch):
     parts = Parts(tmp_path)
     names = [f"part-{index}" for index in range(7)]
     assert parts.share(names) == names
-    for name in names[1:3]:
-        parts[name] = {"x": torch.ones(1)}
+    with parts.claimed({}):
+        for name in names[1:3]:
+            parts[name] = {"x": torch.ones(1)}
     monkeypatch.setattr(module, "dist", Group({}))
     assert Parts(tmp_path, resume=True).share(names) == ["part-0", "part-4", "part-6"]

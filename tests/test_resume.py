@@ -163,6 +163,29 @@ def test_what_is_there_is_not_overwritten(folder, monkeypatch):
         Parts(folder)
 
 
+def test_a_folder_of_something_else(folder):
+    """Whatever has the name is left alone: it would go away in the end."""
+    (folder / "mine").mkdir(parents=True)
+    file = folder.with_name("a file")
+    file.write_text("mine")
+    for there in (folder, file):
+        with pytest.raises(PartsError, match="is there and holds no parts"):
+            Parts(there, resume=True)
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [(), ("lock",), ("lock", ".about.json.here.1.partial"), ("lock", "about.json")])
+def test_killed_before_anything_was_measured(folder, left):
+    """Or in the middle of taking the folder away: nothing to go on from, and nothing in the way."""
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    parts = Parts(folder)
+    diagnose(MODEL, CORPUS, measures=["motion"], parts=parts)
+    parts.remove()
+    assert not folder.exists()
+
+
 def test_two_runs_at_once(folder):
     """The second is refused, and what the first has stays."""
     asked = {"measures": ["motion"]}
