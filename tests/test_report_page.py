@@ -76,11 +76,15 @@ def probes():
         name: (place, np.broadcast_to(level - less, shape))
         for name, less in (("score", 0), ("control", 0.4), ("floor", 0.3))
     }
-    values["baseline"] = (("target", "loop", "document"), np.full((1, 3, 6), 0.25))
+    values["nll"] = (place, np.full(shape, 1.0))
+    values |= {
+        name: (("target", "loop", "document"), np.full((1, 3, 6), 0.25)) for name in ("baseline", "baseline_nll")
+    }
+    values |= {name: (place[:3], np.ones((1, 1, 3))) for name in ("C", "control_C", "floor_C")}
     names = [f"d{index}" for index in range(6)]
     coords = {"target": ["token i-1"], "hook": ["hook_out"], "loop": [0, 1, 2], "document": names}
     about = {"schema": SCHEMA, "suite": "position", "model": "tiny", "unit": "accuracy", "trained_loops": 1}
-    about |= {"run_loops": 2, "documents": 6, "corpus": "made"}
+    about |= {"run_loops": 2, "documents": 6, "corpus": "made", "absent": {}}
     coords["source"] = ("document", names)
     return ProbeScores(xr.Dataset(values, coords, {"provenance": json.dumps(about)}))
 
