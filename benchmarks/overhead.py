@@ -67,12 +67,15 @@ SIZES = {"tiny-plt-4": (8, 256), "100m": (1, 2048)}
 
 
 def load(name: str) -> LoopedLM:
-    """A bundled model, or the large one with random weights and a word for every token."""
-    if name != "100m":
-        return ld.load(name)
-    model = LoopedLM(LARGE).eval()
+    """A bundled model, or the large one."""
+    return worded(LARGE) if name == "100m" else ld.load(name)
+
+
+def worded(cfg: LoopedConfig) -> LoopedLM:
+    """A model with random weights, and a word for every token."""
+    model = LoopedLM(cfg).eval()
     model.init_weights(0)
-    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(LARGE.vocab_size)}))
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(cfg.vocab_size)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     return model
@@ -82,7 +85,12 @@ def documents(model: LoopedLM, name: str, count: int) -> Corpus:
     """Held-out code, or random words; nothing to fit on."""
     if name != "100m":
         return Corpus("bundled", (), ld.corpus.bundled().report[:count])
-    ids = torch.randint(0, LARGE.vocab_size, (count, LARGE.n_ctx), generator=torch.Generator().manual_seed(0))
+    return random_words(LARGE.vocab_size, count, LARGE.n_ctx)
+
+
+def random_words(vocabulary: int, count: int, tokens: int) -> Corpus:
+    """Documents for a model that `worded` made."""
+    ids = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0))
     texts = (" ".join(f"w{token}" for token in row) for row in ids.tolist())
     return Corpus("random", (), tuple(Document(text, f"d{i}", f"d{i}") for i, text in enumerate(texts)))
 

@@ -269,7 +269,8 @@ def record(
         n_loops: Loops to run; the trained number, or the last of `at`, when None.
         at: Loops to keep, from 1 on; all when None.
         seed: Of the initial state, where a model draws one.
-        on_attention: Called with the inputs of every attention of the kept loops and the mask, in the order of the run.
+        on_attention: Called with the inputs of every attention of the kept loops and the mask, in the order of the run;
+            on the layer's device, where a model stands on several.
         on_layer: Called with loop, layer, the state after the layer and the mask, likewise.
 
     Raises:
@@ -409,7 +410,7 @@ def with_maps(model: LoopedLM, batch: Batch, trace: LoopTrace, *, seed: int = 0)
 
 
 def _telling(tell: Callable[..., None], loop: int, layer: int, mask: Tensor) -> Callable[..., None]:
-    return lambda value, hook: tell(loop, layer, value, mask)
+    return lambda value, hook: tell(loop, layer, value.to(mask.device), mask)
 
 
 def _attention_hooks(
@@ -428,7 +429,7 @@ def _attention_hooks(
                 memory[layer] = parts["rot_k"]
             blended = memory.get(layer) if loop > 1 else None
             q, k, gate = parts["rot_q"], parts["rot_k"], parts.get("gate")
-            tell(AttentionInputs(loop, layer, q, k, blended, gate, cfg.window), mask)
+            tell(AttentionInputs(loop, layer, q, k, blended, gate, cfg.window), mask.to(q.device))
             parts.clear()
 
         return hook

@@ -51,7 +51,7 @@ class Checkpoint:
                 self.model,
                 n_loops=loops,
                 dtype=self.dtype.value,
-                device="cuda" if self.device != Device.cpu and torch.cuda.is_available() else "cpu",
+                device=self.device.value,
                 revision=self.revision,
                 local_files_only=self.offline,
             )
@@ -63,9 +63,10 @@ def kind_of(file: Path) -> str | None:
 
     try:
         with warnings.catch_warnings(action="ignore"), xr.open_dataset(file, engine="h5netcdf") as data:
-            return data.attrs.get("kind")
-    except (OSError, ValueError, KeyError, TypeError):
+            kind = data.attrs.get("kind")
+    except Exception:  # of many kinds; who reads the file says what is wrong with it
         return None
+    return kind if isinstance(kind, str) else None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +173,11 @@ class Layout:
         # Half precisions are turned in float32: angles rounded to bfloat16 move logits.
         dtype = torch.promote_types(dtype, torch.float32)
         return cls(positions, cos.to(dtype), sin.to(dtype), causal, local, mask, seen)
+
+    def to(self, device: torch.device) -> Layout:
+        """For a layer on another device."""
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 def _angles(cfg: LoopedConfig, positions: Int[Tensor, "#batch pos"], table: RopeTable | None) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from loopdiag.model.checkpoints.common import Names, Rows
 from loopdiag.model.config import LoopedConfig
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.dtypes import STORED, as_dtype
+from loopdiag.model.placement import connect, place_of, placed, room
 from loopdiag.model.saving import INDEX, WEIGHTS
 
 BUNDLED = Path(str(files("loopdiag.model") / "bundled"))
@@ -72,7 +73,8 @@ def load(
             `owner/name`.
         n_loops: Make hook points for this many loops at once, when more than trained will be run.
         dtype: What to compute in, such as `"float32"`; float32 when None, whatever the weights are stored in.
-        device: Where the weights are read to.
+        device: Where the weights are read to. `"auto"` fills the GPUs that torch sees, layer by layer and up to four
+            fifths of their free memory, then the processor; what is measured in a layer is measured on its device.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Take a hub id from the hub's cache, without a network.
 
@@ -86,7 +88,7 @@ def load(
         >>> model.cfg.n_loops, model.cfg.offset, model.cfg.d_model
         (4, 1, 128)
     """
-    target, place = as_dtype(dtype), _device(device)
+    target, place = as_dtype(dtype), None if device == "auto" else _device(device)
     if n_loops is not None and (isinstance(n_loops, bool) or not isinstance(n_loops, int) or n_loops < 1):
         raise LoadError(f"n_loops = {n_loops!r} is not allowed: it must be an integer >= 1, or None.")
     folder = find(model, revision=revision, local_files_only=local_files_only)
@@ -101,11 +103,16 @@ def load(
     sources = _checked_sources(folder, names, expected, redundant)
     net.tokenizer, net.stop_tokens, net.source = read_tokenizer(folder), _stop_tokens(folder), os.fspath(model)
     parameters = {name for name, _ in net.named_parameters()}
+    places = placed(net, target, room()) if place is None else {"": place}
     state = {
-        ours: _read(sources, names[ours], like.shape, target if ours in parameters else like.dtype, place)
+        ours: _read(
+            *(sources, names[ours], like.shape),
+            *(target if ours in parameters else like.dtype, place_of(ours, places)),
+        )
         for ours, like in expected.items()
     }
     net.load_state_dict(state, assign=True)
+    connect(net, places)
     net.ensure_loops(max(cfg.n_loops, n_loops or 1))
     return net.eval().requires_grad_(False)
 
@@ -114,7 +121,7 @@ def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise LoadError(f"device {device!r} is not known to torch: use 'cpu', 'cuda' or 'cuda:1'.") from None
+        raise LoadError(f"device {device!r} is not known to torch: use 'cpu', 'cuda', 'cuda:1' or 'auto'.") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"device {device!r}: torch sees no GPU here. Use 'cpu'.")
     return place

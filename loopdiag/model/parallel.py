@@ -161,7 +161,8 @@ def check_parallel(model: LoopedLM) -> None:
     """Refuse a model that cannot be run so.
 
     Raises:
-        InputError: It has no offset, other layers than the looped ones, a random initial state, interventions or hooks.
+        InputError: It has no offset, other layers than the looped ones, a random initial state, interventions, hooks,
+            or layers on several devices.
     """
     cfg = model.cfg
     hooked = next((name for name, point in model.hook_dict.items() if point.has_hooks()), None)
@@ -170,6 +171,7 @@ def check_parallel(model: LoopedLM) -> None:
         (cfg.n_prelude or cfg.n_coda, "the model has layers before or after its loops"),
         (cfg.initial_state != "embedding", "its loops start from a random state"),
         (model.wiring.ongoing, "interventions are going on"),
+        (len({weight.device for weight in model.parameters()}) > 1, "its layers stand on several devices"),
         (hooked, f"{hooked} has hooks, and none fires in it"),
     ):
         if wrong:

@@ -1,0 +1,76 @@
+"""A model that is too large for one device: its layers on several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopdiag.model.decoder import LoopedLM
+from loopdiag.model.layers import Layer
+
+SHARE = 0.8  # of a GPU's free memory; the rest is for states, attention and logits
+
+# Of each layer by its name, and under "" of everything else.
+Places = Mapping[str, torch.device]
+
+
+def room() -> dict[torch.device, float]:
+    """Bytes that weights may take, by device in the order in which they are filled: GPUs first, the processor last."""
+    gpus = range(torch.cuda.device_count())
+    return {
+        **{torch.device("cuda", gpu): SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in gpus},
+        torch.device("cpu"): float("inf"),
+    }
+
+
+def placed(net: LoopedLM, dtype: torch.dtype, room: Mapping[torch.device, float]) -> Places:
+    """Where the parts of a model go: one device after the other is filled, so that what fits on one stands on it.
+
+    Args:
+        net: The model; its weights may be on the meta device.
+        dtype: What they will be in.
+        room: What there is, in the order in which it is filled; the last device takes all that is left.
+    """
+
+    def size(part: nn.Module) -> int:
+        return sum(weight.numel() for weight in part.parameters()) * dtype.itemsize
+
+    layers = {name: size(module) for name, module in net.named_modules() if isinstance(module, Layer)}
+    devices = iter(room.items())
+    device, left = next(devices)
+    places = {"": device}
+    left -= size(net) - sum(layers.values())
+    for name, needed in layers.items():
+        while left < needed and (following := next(devices, None)) is not None:
+            device, left = following
+        places[name] = device
+        left -= needed
+    return places
+
+
+def place_of(parameter: str, places: Places) -> torch.device:
+    """The device of one parameter, by its name."""
+    return next((device for name, device in places.items() if name and parameter.startswith(f"{name}.")), places[""])
+
+
+def connect(net: LoopedLM, places: Places) -> None:
+    """Bring what a layer works on to its device, and the stream that it gives back; keys and values stay with it."""
+    home = places[""]
+    for name, device in places.items():
+        if device == home:
+            continue
+
+        def bring(layer: nn.Module, given: tuple[Any, ...], device: torch.device = device) -> tuple[Any, ...]:
+            x, layout, *rest = given
+            return x.to(device), layout.to(device), *rest
+
+        def give_back(layer: nn.Module, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, kept = made
+            return x.to(home), kept
+
+        layer = net.get_submodule(name)
+        layer.register_forward_pre_hook(bring)
+        layer.register_forward_hook(give_back)
