@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py [--axes tokens loops documents width] [--measures default heads] [--repeats 3]
 
-A random model of 2 layers, width 128, 4 loops and a vocabulary of 2,048 is measured on one document of 512 tokens; one
-of these is varied at a time. Each row is a whole `diagnose` of a group of measures, its forward included, so that "bare"
-(the forward alone) and "attention alone" (a call of `F.scaled_dot_product_attention` for every layer and loop) stand
-beside it. Time is of the processor (the least of the repeats). Memory is the peak of a fresh process above what it held
-after a small run, of the default measures.
+A random model of 2 layers, width 128, 4 loops and a vocabulary of 2,048 is measured on a document of 512 tokens; one
+of these is varied at a time. Each row is a whole `diagnose` of a group of measures, its forward included, so that
+"bare" (the forward alone) and "attention alone" (a call of `F.scaled_dot_product_attention` for every layer and loop)
+stand beside it. Time is of the processor (the least of the repeats). Memory is the peak of a fresh process above what
+it held after a small run, of the default measures.
 
 Printed are the values and two exponents of each row: least squares over all points in log-log, and of the last two
 points, where constant parts weigh least. Goal: in tokens, no row grows faster than attention alone. Works on Linux.
