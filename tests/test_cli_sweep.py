@@ -265,6 +265,13 @@ def test_a_killed_sweep_ends_as_an_unbroken_one(asked, tmp_path):
     assert unbroken.returncode == 0, unbroken.stderr
     assert len(trained(tmp_path / "other")) == 3 * 2 + 3
     assert_same_numbers(out, tmp_path / "unbroken")
+    there, expected = (
+        {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+        for folder in (out, tmp_path / "unbroken")
+    )
+    assert set(there) == set(expected)  # nothing that a killed process left
+    for name in expected:
+        assert not name.endswith(".json") or there[name].read_bytes() == expected[name].read_bytes(), name
 
 
 @pytest.mark.slow

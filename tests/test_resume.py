@@ -5,6 +5,7 @@ import re
 
 import pytest
 import xarray as xr
+from test_cli import run
 from test_diagnosis import CORPUS, MODEL, make_readable
 from tiny import random_corpus
 
@@ -154,6 +155,30 @@ class Swapped:
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    """Parts are beside the file while it is made: refused without --resume, used with it, and gone in the end."""
+    command = ["diagnose", "tiny-plt-2", "--documents", "16", "--max-tokens", "32", "--measures", "motion"]
+    command += ["--batch-size", "4", "--quiet", "--save"]
+    file, parts = tmp_path / "saved.nc", tmp_path / "saved.nc.parts"
+    assert run(*command, tmp_path / "unbroken.nc", "--resume").exit_code == 0  # where there is nothing to go on from
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "meet", lambda parts: stop())
+        assert run(*command, file).exit_code == 1
+    assert len(list(parts.glob("*.safetensors"))) == 2
+    refused = run(*command, file)
+    assert refused.exit_code == 2
+    assert "--resume" in refused.stderr
+    monkeypatch.setattr(module, "take", lambda *_: pytest.fail("measured again"))
+    again = run(*command, file, "--resume")
+    assert (again.exit_code, again.stdout, again.stderr) == (0, f"{file}\n", "")
+    assert set(tmp_path.iterdir()) == {file, tmp_path / "unbroken.nc"}
+    assert file.read_bytes() == (tmp_path / "unbroken.nc").read_bytes()
+
+
+def stop():
+    raise Stopped
 
 
 def test_what_is_there_is_not_overwritten(folder, monkeypatch):

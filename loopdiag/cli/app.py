@@ -179,7 +179,7 @@ def diagnose(
             raise InputError(
                 f"{model} is a file: give a model. To answer from a saved diagnosis: loopdiag recommend {model}"
             )
-        with together() as first:
+        with together(quiet) as first:
             quiet = quiet or not first
             check_outputs(save, quiet=quiet)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+
+from loopdiag.cli.output import stderr
 
 # What torchrun, and MPI for processors, say to the processes that they start, and accelerate reads.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -27,7 +29,7 @@ def apart() -> int:
 
 
 @contextmanager
-def together() -> Iterator[bool]:
+def together(quiet: bool) -> Iterator[bool]:
     """Join the processes that were started, each on its own device; whether this is the first of them."""
     rank, size = _told(RANKS, 0), _told(SIZES, 1)
     if size == 1:
@@ -38,10 +40,11 @@ def together() -> Iterator[bool]:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
 
-    import torch.distributed as dist
+    with nullcontext() if quiet or rank > 0 else stderr.status(f"waiting for {size} processes"):
+        import torch.distributed as dist
 
-    # Whatever the devices are: only words are exchanged.
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=LONGEST_WAIT)
+        # Whatever the devices are: only words are exchanged.
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=LONGEST_WAIT)
     try:
         yield rank == 0
     finally:
