@@ -718,6 +718,18 @@ def test_every_suite_has_its_folder():
     assert {folder.name for folder in FOLDERS} == set(SUITES)
 
 
+@pytest.mark.parametrize(
+    "file", sorted(file for folder in FOLDERS for file in folder.glob("*.csv")), ids=lambda file: file.stem
+)
+def test_strengths_are_chosen_from_among_enough(file):
+    """Not at an edge, but the weakest where nearly all is read, since there a weaker one would do as well."""
+    for row in csv.DictReader(file.read_text().splitlines()):
+        for name, strength in (("score", "C"), ("control", "control_C"), ("floor", "floor_C")):
+            chosen = float(row[strength])
+            weakest = chosen == max(STRENGTHS) and float(row[name]) > 0.95
+            assert weakest or min(STRENGTHS) < chosen < max(STRENGTHS), row
+
+
 # Of information: what there is to tell, and the share of it.
 OPEN = {"score": ("baseline_nll", "share"), "floor": ("floor_baseline_nll", "floor_share")}
 
