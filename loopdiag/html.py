@@ -14,8 +14,8 @@ _LEFT = ' style="text-align: left"'
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many digits after the point; a dash where it is undefined."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+    """So many digits after the point, no -0.000; a dash where it is undefined."""
+    return f"{value:z.{digits}f}" if math.isfinite(value) else "-"
 
 
 def between(mean: float, low: float, high: float, digits: int = 3) -> str:

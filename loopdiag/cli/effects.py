@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from loopdiag.cli.output import stdout
+from loopdiag.cli.output import cell, stdout
 
 if TYPE_CHECKING:
     from loopdiag.interventions import Effects
@@ -67,9 +67,9 @@ def print_effects(told: dict[str, Any]) -> None:
         table.add_row(
             escape(row["change"]) if row["loop"] is None else "",
             str(where),
-            f"{_cell(row['effect'])} [{_cell(row['low'])}, {_cell(row['high'])}]",
-            _cell(row["helped"]),
-            _cell(row["harmed"]),
+            f"{cell(row['effect'])} [{cell(row['low'])}, {cell(row['high'])}]",
+            cell(row["helped"]),
+            cell(row["harmed"]),
         )
     stdout.print(table)
     about, groups = told["provenance"], {row["group"] for row in told["interventions"]}
@@ -89,7 +89,3 @@ def print_effects(told: dict[str, Any]) -> None:
         lines.append(LAWS)
     for line in (*lines, told["caveat"]):
         stdout.print(line, markup=False, highlight=False)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -170,14 +170,14 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for row in told["loops"]:
         ratio = row["cost"] / row["gain"] if row["gain"] else None
-        turn, reference = (_cell(row.get(name), 2) for name in ("cos_update", "cos_reference"))
+        turn, reference = (cell(row.get(name), 2) for name in ("cos_update", "cos_reference"))
         table.add_row(
             f"{row['loop']}{'*' if row['extrapolated'] else ''}",
-            f"{row['nll_exit']:.3f} [{row['nll_exit_low']:.3f}, {row['nll_exit_high']:.3f}]",
-            *(_cell(row["gain"], 3), _cell(row["cost"], 3), _cell(ratio, 2)),
-            *(_cell(row.get("nll_usable"), 3), _cell(row.get("effective_rank"), 1)),
+            between(row, "nll_exit"),
+            *(cell(row["gain"]), cell(row["cost"]), cell(ratio, 2)),
+            *(cell(row.get("nll_usable")), cell(row.get("effective_rank"), 1)),
             f"{turn} ({reference})" if row["loop"] > 1 else "",
-            *([_cell(row["nll_lens"], 3)] if lens else []),
+            *([cell(row["nll_lens"])] if lens else []),
         )
     stdout.print(table)
 
@@ -225,8 +225,15 @@ def _loops(count: int) -> str:
     return f"{count} loop{'s' if count > 1 else ''}"
 
 
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def cell(value: float | None, digits: int = 3) -> str:
+    """A number of a table; a dash where it is undefined."""
+    return "-" if value is None else f"{value:z.{digits}f}"  # z: no -0.000
+
+
+def between(row: dict[str, Any], name: str) -> str:
+    """The number of that name with its interval, where it has one."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return cell(row[name]) if low is None else f"{cell(row[name])} [{cell(low)}, {cell(high)}]"
 
 
 def model_facts(cfg: LoopedConfig, family: ModuleType, n_loops: int, context: int, dtype: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from loopdiag.cli.options import (
     TokensOption,
     in_range,
 )
-from loopdiag.cli.output import check_outputs, json_file, reported_errors, stdout, tell
+from loopdiag.cli.output import between, cell, check_outputs, json_file, reported_errors, stdout, tell
 from loopdiag.cli.runs import Checkpoint, Run
 from loopdiag.errors import InputError
 
@@ -174,7 +174,7 @@ def print_scores(told: dict[str, Any]) -> None:
 
 
 def _table(target: dict[str, Any], rows: list[dict[str, Any]], unit: str) -> Table:
-    guess = f", most frequent {_cell(rows[0]['baseline'])}" if unit == "accuracy" else ""
+    guess = f", most frequent {cell(rows[0]['baseline'])}" if unit == "accuracy" else ""
     covered = f", {target['coverage']:.0%} of the places" if target["coverage"] < 1 else ""
     table = Table(
         title=f"{escape(target['target'])}: {target['classes']} classes{covered}{guess}",
@@ -192,17 +192,7 @@ def _table(target: dict[str, Any], rows: list[dict[str, Any]], unit: str) -> Tab
         table.add_row(
             "" if row["hook"] == hook else escape(row["hook"]),
             f"{row['loop']}{'*' if row['extrapolated'] else ''}",
-            *(_between(row, name) if "[" in heading else _cell(row[name]) for heading, name in columns.items()),
+            *(between(row, name) if "[" in heading else cell(row[name]) for heading, name in columns.items()),
         )
         hook = row["hook"]
     return table
-
-
-def _between(row: dict[str, Any], name: str) -> str:
-    if row[name] is None:
-        return "-"
-    return f"{_cell(row[name])} [{_cell(row[f'{name}_low'])}, {_cell(row[f'{name}_high'])}]"
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from loopdiag.cli.options import BUNDLED_DATA, MOST_LOOPS, OfflineOption, QuietOption, in_range
-from loopdiag.cli.output import check_outputs, note, reported_errors, stderr, stdout, tell
+from loopdiag.cli.output import between, cell, check_outputs, note, reported_errors, stderr, stdout, tell
 from loopdiag.cli.processes import apart
 from loopdiag.errors import InputError
 
@@ -215,7 +215,7 @@ def _print_sweep(told: dict[str, Any]) -> None:
         )
         for row in answer["loops"]:
             table.add_row(
-                *(str(row["loops"]), _interval(row, "nll"), _digits(row["nll_equal_work"])),
+                *(str(row["loops"]), between(row, "nll"), cell(row["nll_equal_work"])),
                 *(f"{row['flops'] / 1e6:,.1f}", f"{row['kv_bytes']:,.0f}", f"{row['kv_bytes_fixed']:,.0f}"),
                 f"{row['learning_rate']:g}",
             )
@@ -240,7 +240,7 @@ def _print_sweep(told: dict[str, Any]) -> None:
             ("loops", "gain", "tax", "net"),
         )
         for row in parts["loops"]:
-            table.add_row(str(row["loops"]), *(_interval(row, name) for name in ("gain", "tax", "net")))
+            table.add_row(str(row["loops"]), *(between(row, name) for name in ("gain", "tax", "net")))
         stdout.print(table)
     worth = told["recurrence_exponent"]
     said = f"unknown: {worth['why']}" if worth["why"] else f"{worth['phi']:.2f}"
@@ -254,16 +254,6 @@ def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def _interval(row: dict[str, float | None], name: str) -> str:
-    if row[f"{name}_low"] is None:
-        return _digits(row[name])
-    return escape(f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
-
-
-def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _describe(plan: Plan, grid: Grid, out: Path) -> None:
