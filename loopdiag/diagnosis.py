@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from reprlib import repr as short
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from loopdiag.corpus.documents import spread
 from loopdiag.errors import InputError
 from loopdiag.measures import (
     DEFINITIONS,
+    GROUPS,
     absent,
     attention,
     chosen,
@@ -40,7 +42,7 @@ from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.dtypes import higher_precision
 from loopdiag.parts import Parts
 from loopdiag.readouts import RECORDINGS, Readouts, fit_readouts
-from loopdiag.results import Result, about_machine, about_model
+from loopdiag.results import About, Layout, Result, about_machine, about_model
 from loopdiag.trace import ForeignModel, LoopTrace, kept_loops, record, with_maps
 
 SCHEMA = 3
@@ -48,6 +50,8 @@ LONGEST_RANK = 256
 LONGEST_DOCUMENT = 2048  # unless told: models are made for far more than a batch of them should hold
 NOISE_DOCUMENTS = 4  # run once more in higher precision; of as many sources
 SHOWN_DOCUMENTS = 4  # kept token by token; likewise
+
+DECIDING = ("nll_exit", "gain", "cost")  # what recommendations rest on: all of them or none
 
 # Columns of what a diagnosis shows of itself, and the digits of each.
 IN_BRIEF = {
@@ -77,6 +81,35 @@ class Diagnosis(Result):
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "diagnosis", "loopdiag diagnose --save", SCHEMA, DiagnosisError
+    NUMBERS: ClassVar[Layout] = {"loop": ("loop",)}
+    TEXTS: ClassVar[Layout] = {"document": ("document",), "source": ("document",)}
+    ABOUT: ClassVar[About] = {
+        **dict.fromkeys(("model", "corpus", "corpus_sha256"), str),
+        **dict.fromkeys(("trained_loops", "run_loops", "documents", "tokens", "max_tokens", "rank_tokens"), int),
+        **dict.fromkeys(("seed", "batch_size"), int),
+        **dict.fromkeys(("weights_sha256", "config", "dtype", "device"), object),  # unknown of a foreign model
+        **dict.fromkeys(("measures", "measured_loops"), list),
+        "absent": dict,
+    }
+
+    @classmethod
+    def numbers(cls, data: xr.Dataset) -> Layout:
+        layout = dict(cls.NUMBERS)
+        for name in {*DEFINITIONS} & {*data.data_vars} - {"token_text", "token_top"}:
+            most = 4 if name in (*GROUPS["attention"], *GROUPS["heads"]) else 2
+            layout[name] = dimensions(name, min(max(data[name].ndim, 2), most))
+        if {*DECIDING} & {*data.data_vars}:
+            layout |= dict.fromkeys(DECIDING, ("document", "loop"))
+        return layout
+
+    @classmethod
+    def _wrong(cls, data: xr.Dataset, about: dict[str, Any]) -> str | None:
+        if wrong := super()._wrong(data, about):
+            return wrong
+        loops = data["loop"].values.tolist()
+        if loops[0] != 0 or loops != sorted({*loops}) or loops[-1] != about["run_loops"]:
+            return f"its loops are {short(loops)}, which should rise from 0 to the {about['run_loops']} of the run"
+        return None
 
     @property
     def loops(self) -> np.ndarray:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from loopdiag import html
 from loopdiag.errors import InputError
-from loopdiag.results import Result
+from loopdiag.results import About, Layout, Result
 
 SCHEMA = 1
 
@@ -32,6 +33,17 @@ class SweepLosses(Result):
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "sweep", "loopdiag sweep", SCHEMA, SweepError
+    NUMBERS: ClassVar[Layout] = {
+        **{name: (name,) for name in ("seed", "offset", "loops")},
+        **dict.fromkeys(
+            ("nll", "loop_helped", "loop_harmed", "offset_helped", "offset_harmed"),
+            ("seed", "memory", "offset", "loops", "document"),
+        ),
+        **dict.fromkeys(("flops", "kv_bytes", "kv_bytes_fixed"), ("memory", "offset", "loops")),
+        "learning_rate": ("loops",),
+    }
+    TEXTS: ClassVar[Layout] = {"memory": ("memory",), "document": ("document",), "source": ("document",)}
+    ABOUT: ClassVar[About] = {"data": str, "recipe": dict, "config": dict}
 
     def __repr__(self) -> str:
         about, nll, seeds = self.provenance, self.data["nll"], self.data.sizes["seed"]

@@ -7,11 +7,14 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, ClassVar, Self
 
+import h5py
 import torch
 import xarray as xr
 
@@ -19,6 +22,13 @@ from loopdiag import __version__
 from loopdiag.errors import InputError
 from loopdiag.files import whole
 from loopdiag.model.decoder import LoopedLM
+
+# Bytes in memory that are read without a second look, and how many times its file's size a dataset may have beyond:
+# a file of nothing but missing values is small, whatever it says it holds.
+LARGE, MOST_PACKED = 2**30, 100
+
+Layout = Mapping[str, tuple[str, ...]]
+About = Mapping[str, type]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,10 @@ class Result:
     WRITTEN_BY: ClassVar[str]
     SCHEMA: ClassVar[int]
     ERROR: ClassVar[type[InputError]]
+    # What every such file holds: numbers and texts by name, with their dimensions, and types of keys of the provenance.
+    NUMBERS: ClassVar[Layout]
+    TEXTS: ClassVar[Layout]
+    ABOUT: ClassVar[About]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -53,16 +67,16 @@ class Result:
         """Read what `save` wrote.
 
         Raises:
-            InputError: No such file, another kind of file, or one of another schema.
+            InputError: No such file, another kind of file, one of another schema, or one that lacks something.
         """
         if not Path(path).is_file():
             raise cls.ERROR(f"{path} is no file: give one that `{cls.WRITTEN_BY}` wrote.")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about other people's HDF5 files, refused below
-                data = xr.load_dataset(path, engine="h5netcdf")
-            schema, kind = json.loads(data.attrs["provenance"])["schema"], data.attrs.pop("kind", None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            data = _read(Path(path))
+            about = json.loads(data.attrs["provenance"])
+            schema, kind = about["schema"], str(data.attrs.pop("kind", "")) or None
+        # Of many kinds, from h5py, h5netcdf and xarray: there is no end to what other people's and broken files hold.
+        except Exception as error:
             raise cls.ERROR(f"{path} holds no {cls.KIND}: {type(error).__name__}: {error}.") from None
         if kind not in (None, cls.KIND) or (kind is None and schema == cls.SCHEMA):
             what = kind or "something else"
@@ -72,7 +86,53 @@ class Result:
                 f"{path} has schema {schema}; this version of loopdiag reads {cls.SCHEMA}. Measure again: "
                 f"`{cls.WRITTEN_BY}`."
             )
+        if wrong := cls._wrong(data, about):
+            raise cls.ERROR(f"{path} is no whole {cls.KIND}: {wrong}. Measure again: `{cls.WRITTEN_BY}`.")
         return cls(data)
+
+    @classmethod
+    def numbers(cls, data: xr.Dataset) -> Layout:
+        """Names of numbers that a file must hold, and their dimensions."""
+        return cls.NUMBERS
+
+    @classmethod
+    def _wrong(cls, data: xr.Dataset, about: dict[str, Any]) -> str | None:
+        """What a file lacks, or has in another form; None where it is whole."""
+        for kinds, layout in (("iuf", cls.numbers(data)), ("UOT", cls.TEXTS)):
+            for name, dims in layout.items():
+                if name not in data.variables:
+                    return f"it has no {name}"
+                if data[name].dims != dims or data[name].dtype.kind not in kinds:
+                    return (
+                        f"its {name} has dimensions ({', '.join(map(str, data[name].dims))}) and type "
+                        f"{data[name].dtype}, which should be {'texts' if kinds == 'UOT' else 'numbers'} by "
+                        f"({', '.join(dims)})"
+                    )
+        if empty := [dim for dim, size in data.sizes.items() if size == 0]:
+            return f"it has no {', '.join(map(str, empty))}"
+        for key, kind in cls.ABOUT.items():
+            if key not in about:
+                return f"its provenance has no {key}"
+            if not isinstance(about[key], kind):
+                return f"{key} in its provenance is {short(about[key])}, which should be of type {kind.__name__}"
+        return None
+
+
+def _read(path: Path) -> xr.Dataset:
+    """The dataset of a file that holds all of it itself."""
+    with h5py.File(path) as file:
+        for name in file:
+            if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                raise ValueError(f"{name} is a link, and may lead to another file")
+            entry = file[name]
+            if isinstance(entry, h5py.Dataset) and (entry.external or entry.is_virtual):
+                raise ValueError(f"{name} stands in another file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other people's HDF5 files, which are refused
+        with xr.open_dataset(path, engine="h5netcdf") as data:
+            if data.nbytes > max(LARGE, MOST_PACKED * path.stat().st_size):
+                raise ValueError(f"it would take {data.nbytes:,} bytes of memory")
+            return data.load()
 
 
 def about_model(model: LoopedLM) -> dict[str, Any]:

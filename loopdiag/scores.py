@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import xarray as xr
 
 from loopdiag import html
 from loopdiag.errors import InputError
-from loopdiag.results import Result
+from loopdiag.results import About, Layout, Result
 from loopdiag.summary import ByLoop, estimate
 
 SCHEMA = 1
@@ -93,6 +94,23 @@ class ProbeScores(Result):
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "scores of probes", "loopdiag probe --save", SCHEMA, ScoresError
+    NUMBERS: ClassVar[Layout] = {
+        **dict.fromkeys(("score", "control", "floor", "nll"), ("target", "hook", "loop", "document")),
+        "baseline_nll": ("target", "loop", "document"),
+        **dict.fromkeys(("C", "control_C", "floor_C"), ("target", "hook", "loop")),
+        "loop": ("loop",),
+    }
+    TEXTS: ClassVar[Layout] = {
+        "target": ("target",),
+        "hook": ("hook",),
+        "document": ("document",),
+        "source": ("document",),
+    }
+    ABOUT: ClassVar[About] = {
+        **dict.fromkeys(("suite", "unit", "model", "corpus"), str),
+        **dict.fromkeys(("trained_loops", "run_loops", "documents"), int),
+        "absent": dict,
+    }
 
     @property
     def targets(self) -> list[str]:

@@ -72,11 +72,11 @@ def loop_rows(diagnosis: Diagnosis, seed: int) -> list[dict[str, Any]]:
         {
             "loop": int(loop),
             "extrapolated": bool(loop > curve.trained_loops),
-            "nll_exit_low": float(curve.nll_exit.low[index]),
-            "nll_exit_high": float(curve.nll_exit.high[index]),
-            "net_gain": float(curve.net.mean[index]),
+            "nll_exit_low": _number(curve.nll_exit.low[index]),
+            "nll_exit_high": _number(curve.nll_exit.high[index]),
+            "net_gain": _number(curve.net.mean[index]),
             **{
-                f"{name}_{end}": float(getattr(estimate, end)[index])
+                f"{name}_{end}": _number(getattr(estimate, end)[index])
                 for name, estimate in (("gain", curve.gain), ("cost", curve.cost), ("net_gain", curve.net))
                 for end in ("low", "high")
             },

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from loopdiag.diagnosis import checked_max_tokens
 from loopdiag.errors import InputError
 from loopdiag.interventions import contexts
 from loopdiag.model.decoder import LoopedLM
-from loopdiag.results import Result, about_machine, about_model
+from loopdiag.results import About, Layout, Result, about_machine, about_model
 
 SCHEMA = 1
 FEWEST_SOURCES = 5  # fewer cannot say how much sources differ
@@ -164,6 +164,20 @@ class Effects(Result):
     """
 
     KIND, WRITTEN_BY, SCHEMA, ERROR = "effects of interventions", "loopdiag intervene --save", SCHEMA, EffectsError
+    NUMBERS: ClassVar[Layout] = {
+        **dict.fromkeys(("effect", "helped", "harmed"), ("intervention", "document")),
+        "nll": ("document",),
+        "loop": ("intervention",),
+    }
+    TEXTS: ClassVar[Layout] = {
+        **dict.fromkeys(("intervention", "group", "change"), ("intervention",)),
+        **dict.fromkeys(("document", "source"), ("document",)),
+    }
+    ABOUT: ClassVar[About] = {
+        **dict.fromkeys(("model", "corpus"), str),
+        **dict.fromkeys(("trained_loops", "run_loops", "documents", "tokens", "sources"), int),
+        "absent": dict,
+    }
 
     def table(self, seed: int = 0) -> list[Effect]:
         """One row for each intervention; the intervals leave out the training seed.
