@@ -9,6 +9,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from loopdiag.errors import InputError
+
+
+def refuse_special(target: Path) -> None:
+    """Refuse to write where something else than a file is: a device such as /dev/null would be replaced by a file.
+
+    Raises:
+        InputError: It is a folder, a pipe or a device.
+    """
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "a pipe or a device"
+        raise InputError(f"{target} is {what}: give the name of a file.")
+
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
@@ -21,6 +34,7 @@ def whole(target: Path) -> Iterator[Path]:
         pid = left.name.removeprefix(ours).removesuffix(".partial")
         if pid.isdecimal() and not _runs(int(pid)):
             left.unlink(missing_ok=True)
+    refuse_special(target)
     partial = target.with_name(f"{ours}{os.getpid()}.partial")
     try:
         yield partial

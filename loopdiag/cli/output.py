@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loopdiag.errors import InputError
-from loopdiag.files import whole
+from loopdiag.files import refuse_special, whole
 
 if TYPE_CHECKING:
     from loopdiag.diagnosis import Diagnosis
@@ -65,8 +65,7 @@ def _stop(message: str, code: Exit) -> None:
 def check_outputs(*files: Path | None, folder: Path | None = None, quiet: bool) -> None:
     """Refuse outputs that cannot be written, and say which will be replaced, before any work."""
     for file in (file for file in files if file is not None):
-        if file.is_dir():
-            raise InputError(f"{file} is a folder: give the name of a file.")
+        refuse_special(file)
         if not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK):
             raise InputError(f"{file} cannot be written: {file.absolute().parent} is no folder that can be written to.")
         if file.exists() and not quiet:
