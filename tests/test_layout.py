@@ -121,7 +121,7 @@ def test_the_decoder_knows_no_family_and_no_file():
 
 INNER = (
     *("config", "cache", "dtypes", "states", "layers", "wiring", "past", "exit_gate", "decoder", "facts"),
-    *("parallel", "generation", "checkpoints", "saving", "loading"),
+    *("parallel", "generation", "decoding", "placement", "checkpoints", "saving", "loading"),
 )
 # Of what stands to its left the decoder needs no dtypes: those are for files.
 OF_THE_DECODER = {"config", "cache", "layers", "states", "wiring", "past", "exit_gate", "decoder"}
