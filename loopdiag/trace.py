@@ -101,7 +101,7 @@ class LoopTrace:
 
     @property
     def finite(self) -> Bool[Tensor, " document"]:
-        """Whether a document's states are numbers: none is NaN or infinite, nor so large that their sum is."""
+        """Whether no state of a document is NaN or infinite, nor so large that its sum is."""
         total = self.raw.sum(-1, dtype=torch.promote_types(self.raw.dtype, torch.float32))
         return (total.isfinite() | ~self.mask).all(2).all(0)
 
