@@ -107,7 +107,8 @@ class Diagnosis(Result):
         if wrong := super()._wrong(data, about):
             return wrong
         loops = data["loop"].values.tolist()
-        if loops[0] != 0 or loops != sorted({*loops}) or loops[-1] != about["run_loops"]:
+        rising = all(isinstance(loop, int) for loop in loops) and loops == sorted({*loops})
+        if not rising or (loops[0], loops[-1]) != (0, about["run_loops"]):
             return f"its loops are {short(loops)}, which should rise from 0 to the {about['run_loops']} of the run"
         return None
 

@@ -39,11 +39,9 @@ class SweepLosses(Result):
             ("nll", "loop_helped", "loop_harmed", "offset_helped", "offset_harmed"),
             ("seed", "memory", "offset", "loops", "document"),
         ),
-        **dict.fromkeys(("flops", "kv_bytes", "kv_bytes_fixed"), ("memory", "offset", "loops")),
-        "learning_rate": ("loops",),
     }
     TEXTS: ClassVar[Layout] = {"memory": ("memory",), "document": ("document",), "source": ("document",)}
-    ABOUT: ClassVar[About] = {"data": str, "recipe": dict, "config": dict}
+    ABOUT: ClassVar[About] = {"data": str, "recipe": dict}
 
     def __repr__(self) -> str:
         about, nll, seeds = self.provenance, self.data["nll"], self.data.sizes["seed"]

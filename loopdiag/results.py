@@ -59,8 +59,9 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a netCDF file, whole or not at all; a file of that name is replaced."""
         encoding = {name: {"zlib": True} for name in self.data.data_vars}
-        with whole(Path(path)) as partial_file:
-            self.data.assign_attrs(kind=self.KIND).to_netcdf(partial_file, engine="h5netcdf", encoding=encoding)
+        content = self.data.assign_attrs(kind=self.KIND).to_netcdf(engine="h5netcdf", encoding=encoding)
+        with whole(Path(path)) as partial_file:  # not by HDF5 itself, which ends the process where a disk is full
+            partial_file.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

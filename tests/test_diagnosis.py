@@ -949,11 +949,11 @@ def test_a_save_that_fails_leaves_things_as_they_were(small, tmp_path, monkeypat
     if before:
         file.write_text(before)
 
-    def full_disk(self, path, **kwargs):
-        path.write_bytes(b"half of")
+    def full_disk(self, content):
+        self.write_text("half of")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(xr.Dataset, "to_netcdf", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         small.save(file)
     assert [path.read_text() for path in tmp_path.iterdir()] == ([before] if before else [])

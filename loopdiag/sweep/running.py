@@ -277,7 +277,8 @@ class _Run:
             {"provenance": json.dumps(provenance, sort_keys=True)},
         )
         with whole(job.done) as partial:
-            data.to_netcdf(partial, engine="h5netcdf", encoding={name: {"zlib": True} for name in data.data_vars})
+            encoding = {name: {"zlib": True} for name in data.data_vars}
+            partial.write_bytes(data.to_netcdf(engine="h5netcdf", encoding=encoding))
         self.gather()
 
     def without_diagnosis(self, jobs: Sequence[_Job]) -> list[_Job]:
