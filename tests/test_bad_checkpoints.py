@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_cli import run
 from test_families import FILES, write
 
 from loopdiag.model import LoadError, LoopedConfig
 from loopdiag.model.config import COUNTS, MOST_PASSES
-from loopdiag.model.loading import load, read_config
+from loopdiag.model.loading import BUNDLED, load, read_config
 from loopdiag.model.saving import INDEX, WEIGHTS
 
 HUGE = (2**32, 10**18, 10**30, 10**400)
@@ -298,6 +300,26 @@ def test_a_broken_tokenizer_is_told(folder, content):
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(LoadError, match="the tokenizer's files are damaged"):
         load(folder)
+
+
+TEMPLATES = ("{% for %}", "{{ 1 / 0 }}", "{{ messages.__class__.__mro__ }}", "{{ raise_exception('no') }}")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_template_that_fails(tmp_path, template):
+    """Whatever it tries: it runs in a sandbox, and what it was is told."""
+    folder = shutil.copytree(BUNDLED / "tiny-plt-2", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    result = run("generate", folder, "hello", "--chat", "--quiet")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "its chat template fails (" in result.stderr
+
+
+def test_a_prompt_that_is_no_unicode():
+    """As a shell hands on bytes that are no UTF-8."""
+    result = run("generate", "tiny-plt-2", "caf\udce9", "--quiet")
+    assert result.exit_code == 2
+    assert "The prompt is not valid Unicode" in result.stderr
 
 
 MEMORY = """

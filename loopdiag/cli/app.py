@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -319,10 +320,19 @@ def generate(
             raise InputError(f"{model} has no tokenizer, so it cannot read text.")
         if chat and not net.tokenizer.chat_template:
             raise InputError(f"{model} has no chat template: leave --chat out.")
+        if re.search("[\ud800-\udfff]", prompt):
+            raise InputError(
+                "The prompt is not valid Unicode: give it in the encoding of the terminal, UTF-8 as a rule."
+            )
         text = prompt
         if chat:
             message = [{"role": "user", "content": prompt}]
-            text = net.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            try:
+                text = net.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # of many kinds: a template can do anything that Jinja's sandbox lets it
+                raise InputError(
+                    f"{model}: its chat template fails ({type(error).__name__}: {error}): leave --chat out."
+                ) from None
         ids = net.tokenizer(text, add_special_tokens=not chat)["input_ids"]
         if not ids:
             raise InputError("The prompt is empty: give at least one token.")
