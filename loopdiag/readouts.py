@@ -8,7 +8,7 @@ A translator puts an affine map before the model's frozen norm N and head. Two k
 - carries, two per loop r = 2..R of a model with an offset: `s * (A h + c)`, h the standardised Z_{r-1} of the token
   itself, or the one that the offset hands over. Both start from the mean state, knowing nothing of the token.
 
-Training is streamed: states are recorded again in every pass and never kept.
+Training is streamed: states are recorded again in every pass, and of no more than eight documents kept at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopdiag.corpus.documents import Sourced
@@ -37,10 +37,12 @@ FOLDS = 2
 RECORDINGS = FOLDS * (1 + PASSES) + 1
 LEARNING_RATE = 1e-2
 TOKENS_PER_UPDATE = 512
+DOCUMENTS_TOGETHER = 8  # whose tokens are dealt into updates, whatever the batch size
 
 
 DocumentT = TypeVar("DocumentT", bound=Sourced)
 TracesOf = Callable[[Sequence[DocumentT]], Iterable[LoopTrace]]
+Read = Callable[[Tensor], Tensor]
 Named = tuple[str, int]  # kind ("exit", "carry", "shifted") and loop
 
 
@@ -181,15 +183,58 @@ def _fit(
     optimizer = torch.optim.Adam([p for translator in fitted.values() for p in translator.parameters()])
     seen = 0
     for _ in range(PASSES):
-        for trace in traces_of(documents):
-            for part in _parts(trace):
-                for name, x, state in _inputs(trace):
-                    for ridge in ridges_of(name):
-                        _descend(fitted[name, ridge], trace, x, state, part, ridge)
-                optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - seen / (PASSES * tokens))
-                optimizer.step()
-                seen += int(part.sum())
+        for update in _updates(traces_of(documents)):
+            for name in update.inputs:
+                for ridge in ridges_of(name):
+                    _descend(fitted[name, ridge], update, name, ridge)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - seen / (PASSES * tokens))
+            optimizer.step()
+            seen += len(update.targets)
     return fitted
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens that predict, of one document or several.
+
+    Attributes:
+        read: What makes logits of a state.
+        targets: The tokens after them.
+        inputs: By translator, its input [token, d_model], and for exits the state it is added to.
+    """
+
+    read: Read
+    targets: Tensor
+    inputs: dict[Named, tuple[Tensor, Tensor | None]]
+
+
+def _updates(traces: Iterable[LoopTrace]) -> Iterator[_Tokens]:
+    """The tokens of each update: of so many documents together, however they are batched."""
+    held: list[_Tokens] = []
+    for trace in traces:
+        inputs, (read, targets) = list(_inputs(trace)), _reading(trace)
+        for place, rows in enumerate(trace.predicts):
+            of_document = {
+                name: (x[place, rows], None if state is None else state[place, rows]) for name, x, state in inputs
+            }
+            held.append(_Tokens(read, targets[place, rows], of_document))
+            if len(held) == DOCUMENTS_TOGETHER:
+                yield from _dealt(held)
+                held = []
+    if held:
+        yield from _dealt(held)
+
+
+def _dealt(held: list[_Tokens]) -> Iterator[_Tokens]:
+    targets = torch.cat([tokens.targets for tokens in held])
+    inputs: dict[Named, tuple[Tensor, Tensor | None]] = {}
+    for name in held[0].inputs:
+        xs, states = zip(*(tokens.inputs[name] for tokens in held), strict=True)
+        inputs[name] = torch.cat(xs), None if states[0] is None else torch.cat(states)
+    for start in range(0, len(targets), TOKENS_PER_UPDATE):
+        rows = slice(start, start + TOKENS_PER_UPDATE)
+        parts = {name: (x[rows], None if state is None else state[rows]) for name, (x, state) in inputs.items()}
+        yield _Tokens(held[0].read, targets[rows], parts)
 
 
 def _moments(traces: Iterable[LoopTrace]) -> tuple[dict[Named, tuple[Tensor, Tensor, Tensor]], int]:
@@ -212,42 +257,43 @@ def _moments(traces: Iterable[LoopTrace]) -> tuple[dict[Named, tuple[Tensor, Ten
     return moments, tokens
 
 
-def _parts(trace: LoopTrace) -> Iterator[Tensor]:
-    """Masks [document, pos] that deal the predicting tokens of a trace into updates."""
-    places = trace.predicts.nonzero()
-    for rows in places.split(TOKENS_PER_UPDATE):
-        part = torch.zeros_like(trace.predicts)
-        part[rows[:, 0], rows[:, 1]] = True
-        yield part
-
-
-def _descend(
-    translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None, part: Tensor, ridge: float
-) -> None:
+def _descend(translator: Translator, update: _Tokens, name: Named, ridge: float) -> None:
     """Leave the gradient of one update in the translator; the model's own weights get none."""
+    x, state = update.inputs[name]
     with torch.enable_grad():
-        loss = _nll(translator, trace, x, state, part).mean() + ridge * translator.A.square().sum()
+        nll = _nll(translator, update.read, x, state, update.targets)
+        loss = nll.mean() + ridge * translator.A.square().sum()
         parameters = (translator.A, translator.c)
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
 
 
 def _nll(
-    translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None, kept: Tensor
+    translator: Translator,
+    read: Read,
+    x: Float[Tensor, "token d_model"],
+    state: Tensor | None,
+    targets: Int[Tensor, " token"],
 ) -> Float[Tensor, " token"]:
-    """NLL of the next token at the kept places, read through a translator."""
-    if trace.head is None or trace.input_ids is None:
+    """NLL of the next tokens, read through a translator."""
+    moved = translator(at_least_float32(x), None if state is None else at_least_float32(state))
+    return F.cross_entropy(at_least_float32(read(moved.to(x.dtype))), targets, reduction="none")
+
+
+def _reading(trace: LoopTrace) -> tuple[Read, Int[Tensor, "document pos"]]:
+    """What makes logits of a state, and the token after each."""
+    head, norm = trace.head, trace.norm
+    if head is None or trace.input_ids is None:
         raise ValueError("Readouts need head and tokens; give LoopTrace.from_states(..., head=, input_ids=).")
-    targets = trace.input_ids.roll(-1, dims=1)[kept]
-    moved = translator(at_least_float32(x[kept]), None if state is None else at_least_float32(state[kept]))
-    logits = trace.head(trace.norm(moved.to(x.dtype)))
-    return F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+    return lambda state: head(norm(state)), trace.input_ids.roll(-1, dims=1)
 
 
 @torch.no_grad()
 def _losses(translator: Translator, trace: LoopTrace, x: Tensor, state: Tensor | None) -> Float[Tensor, "document pos"]:
     """NLL of every predicting token, 0 elsewhere; the vocabulary is processed in blocks of tokens."""
-    losses = at_least_float32(x.new_zeros(trace.mask.shape))
-    for part in _parts(trace):
-        losses[part] = _nll(translator, trace, x, state, part).to(losses.dtype)
+    losses, (read, targets) = at_least_float32(x.new_zeros(trace.mask.shape)), _reading(trace)
+    for rows in trace.predicts.nonzero().split(TOKENS_PER_UPDATE):
+        place = rows[:, 0], rows[:, 1]
+        nll = _nll(translator, read, x[place], None if state is None else state[place], targets[place])
+        losses[place] = nll.to(losses.dtype)
     return losses

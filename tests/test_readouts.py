@@ -36,7 +36,7 @@ class Planted:
 DOCUMENTS = [Planted(seed, f"source {seed % 4}") for seed in range(100)]
 
 
-def planted_trace(seed, documents=4, length=33, successor=False):
+def planted_trace(seed, documents=8, length=33, successor=False):
     """Loop 0 says nothing, loop 1 tells the next token in the turned basis, loop 2 in the head's own.
 
     Tokens are independent, or each the successor of the one before it.
@@ -105,7 +105,7 @@ def test_noise_gives_nothing():
     """States that know nothing of the tokens: no readout is better than the tokens' frequencies, on unseen ones."""
     frequencies = torch.tensor([8.0, 4, 2, 1, 1, 1, 1, 1])
 
-    def trace(seed, documents=4):
+    def trace(seed, documents=8):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.multinomial(frequencies.repeat(documents, 1), 33, replacement=True, generator=generator)
         states = torch.randn(3, *ids.shape, TOKENS, generator=generator)
@@ -116,7 +116,7 @@ def test_noise_gives_nothing():
     log_p = (frequencies / frequencies.sum()).log()
     unigram = -log_p[unseen.input_ids[unseen.predicts]].mean()
     excess = values["nll_usable"].mean(0) - unigram
-    # Measured: 0.046 to 0.052, falling with more documents.
+    # Falls with more documents.
     assert ((excess > 0) & (excess < 0.1)).all()
     assert values["withheld"][:, 2].mean().abs() < 0.02
 

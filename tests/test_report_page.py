@@ -377,7 +377,7 @@ def test_interventions_and_sweeps(effects):
     told = found.texts[found.all("section", id="interventions")[0]]
     for row in effects.table():
         assert row.change in told
-        assert f"{row.effect:.3f}{row.low:.3f} to {row.high:.3f}" in told
+        assert f"{row.effect:z.3f}{row.low:z.3f} to {row.high:z.3f}" in told
     assert "not what training without it would give" in told
     sweep = found.texts[found.all("section", id="sweeps")[0]]
     assert len(found.text("p", class_="answer")) == 2  # offset on and off
@@ -394,7 +394,7 @@ def test_probes(probes):
     rows_told = found.text("tr")
     assert len(rows_told) >= 4
     row = probes.table()[2]
-    ends = f"{row.score_low:.3f} to {row.score_high:.3f}"
+    ends = f"{row.score_low:z.3f} to {row.score_high:z.3f}"
     assert f"token i-1hook_out2*0.900{ends}0.5000.4000.400 to 0.4000.600" in rows_told
     assert len(found.all("svg", role="img")) == 1
     assert found.text("h1") == ["tiny"]
