@@ -575,7 +575,9 @@ def _dataset(
         "shown": [report[index].name for index in run.shown],
         "token_class": list(TOKEN_CLASSES),
     }
-    chosen_coords: dict[str, Any] = {dim: values for dim, values in coords.items() if dim in there | {"loop"}}
+    chosen_coords: dict[str, Any] = {
+        dim: values for dim, values in coords.items() if dim in there | {"document", "loop"}
+    }
     chosen_coords["source"] = ("document", [document.source for document in report])
     if "rule" in there:
         chosen_coords["exit_rule_threshold"] = (("rule", "setting"), exit_rules.thresholds().numpy())

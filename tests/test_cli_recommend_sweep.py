@@ -178,7 +178,7 @@ def test_options_of_a_run_cannot_apply(saved, option):
 
 def test_nothing_is_saved(saved, tmp_path):
     """A sweep makes no diagnosis to keep."""
-    expect_refusal(run("recommend", saved, "--save", tmp_path / "d.nc"), "--save keeps a diagnosis, and")
+    expect_refusal(run("recommend", saved, "--save", tmp_path / "d.nc"), "--save and --decoding are of one model, and")
     assert not (tmp_path / "d.nc").exists()
 
 

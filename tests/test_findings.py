@@ -198,7 +198,7 @@ def test_numbers_of_planted_checkpoints(placed, tmp_path):
     (tmp_path / "code-narrow" / "diagnoses").mkdir()
     for loops in (2, 3, 4):
         planted = diagnosis_of([[4.0, 3.5, 3.2, 3.1][:loops]] * 4, churn=0.05 + 0.1 * loops)
-        planted = Diagnosis(planted.data[["cost", "gain", "omega", "withheld"]])
+        planted = Diagnosis(planted.data[["nll_exit", "cost", "gain", "omega", "withheld"]])
         planted.save(tmp_path / "code-narrow" / "diagnoses" / f"loops{loops}-offset1-first-seed0.nc")
     models = findings.tracked({"code-narrow": sweep(seeds=1)})
     assert models.loops == [2, 3, 4]
