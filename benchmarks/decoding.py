@@ -19,19 +19,11 @@ import os
 from dataclasses import replace
 
 import torch
-from overhead import LARGE
+from overhead import LARGE, worded
 
-from loopdiag.model import LoopedConfig, LoopedLM
 from loopdiag.model.decoding import DecodingCost, decoding_costs
 
 WIRINGS = {"looped": replace(LARGE, offset=0, memory="own"), "PLT": LARGE}
-
-
-def made(cfg: LoopedConfig, device: str, dtype: torch.dtype) -> LoopedLM:
-    """A model with random weights."""
-    model = LoopedLM(cfg).eval()
-    model.init_weights(0)
-    return model.to(device, dtype)
 
 
 def main() -> None:
@@ -49,7 +41,7 @@ def main() -> None:
     print(f"load of the machine {os.getloadavg()[0]:.1f}")
     print(f"{'loops':>5} {'':18} {'ms/token':>9} {'over one loop':>13} {'KV bytes/token':>14} {'fixed bytes':>11}")
     for name, cfg in WIRINGS.items():
-        model = made(cfg, asked.device, getattr(torch, asked.dtype))
+        model = worded(cfg).to(asked.device, getattr(torch, asked.dtype))
         costs = decoding_costs(model, asked.loops, prompt=asked.prompt, new=asked.new)
         for schedule, shown in (("sequential", ", one by one"), ("parallel", ", side by side")):
             for cost in costs:

@@ -77,6 +77,12 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}.")
 
 
+def in_fresh_process(script: str, *arguments: str) -> Any:
+    """What a script prints as JSON when it is started anew: memory that was held before is not counted."""
+    command = [sys.executable, script, *arguments]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def measure(folder: str, dtype: str) -> dict[str, int]:
     """Load once, in this process; the peak counts from here."""
     ld.load("tiny-plt-2")  # whatever is imported or set up on the way belongs to no model
@@ -111,8 +117,7 @@ def main() -> None:
                     file.unlink()
                 checkpoint(Path(temporary), getattr(torch, stored), given.gb * 1e9)
                 made = stored
-            command = [sys.executable, __file__, "--one", temporary, loaded]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = in_fresh_process(__file__, "--one", temporary, loaded)
             ratio = found["peak"] / max(found["stored"], found["loaded"])
             worst = max(worst, ratio)
             sizes = "  ".join(f"{found[key] / 1e9:9.3f}" for key in ("stored", "loaded"))

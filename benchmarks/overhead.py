@@ -27,14 +27,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import baseline
 import torch
-from loading_memory import resident
+from loading_memory import in_fresh_process, resident
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -107,6 +105,14 @@ def seconds(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - starts[0], time.process_time() - starts[1]
 
 
+def ratios(ones: list[tuple[float, float]], others: list[tuple[float, float]]) -> tuple[float, float]:
+    """Medians over the pairs of one repeat, on the wall and on the processor."""
+    walls, processors = zip(
+        *((one[0] / other[0], one[1] / other[1]) for one, other in zip(ones, others, strict=True)), strict=True
+    )
+    return statistics.median(walls), statistics.median(processors)
+
+
 @torch.no_grad()
 def times(name: str, groups: list[str], repeats: int) -> None:
     """Print how long each row takes, as a multiple of the bare forward."""
@@ -138,13 +144,11 @@ def times(name: str, groups: list[str], repeats: int) -> None:
     print(f"bare {wall:.3f} s, {processor:.3f} s processor ({torch.get_num_threads()} threads, {repeats} repeats)")
     print("                   wall  processor")
     for row in list(rows)[1:]:
-        pairs = list(zip(taken[row], taken["bare"], strict=True))
-        wall, processor = (statistics.median(one[clock] / bare[clock] for one, bare in pairs) for clock in (0, 1))
+        wall, processor = ratios(taken[row], taken["bare"])
         goal = f"  goal at most {GOALS[row]}" if name == "100m" and row in GOALS else ""
         print(f"  {row:15} {wall:6.2f} {processor:10.2f}{goal}", flush=True)
     if {"baseline", "default"} <= set(taken):
-        pairs = list(zip(taken["baseline"], taken["default"], strict=True))
-        wall, processor = (statistics.median(one[clock] / other[clock] for one, other in pairs) for clock in (0, 1))
+        wall, processor = ratios(taken["baseline"], taken["default"])
         print(f"  baseline over default {wall:.1f}, {processor:.1f} processor  goal at least {FASTER}")
 
 
@@ -165,8 +169,7 @@ def memory(name: str, how: str) -> dict[str, float]:
 
 def peaks(name: str, how: str) -> dict[str, float]:
     """`memory` in a fresh process."""
-    command = [sys.executable, __file__, "--models", name, "--memory", how]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return in_fresh_process(__file__, "--models", name, "--memory", how)
 
 
 def main() -> None:

@@ -15,9 +15,6 @@ points, where constant parts weigh least. Goal: in tokens, no row grows faster t
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from loading_memory import resident
+from loading_memory import in_fresh_process, resident
 from overhead import APART, TOGETHER, random_words, worded
 
 import loopdiag as ld
@@ -95,8 +92,7 @@ def least_seconds(run: Callable[[], object], repeats: int) -> float:
 
 def peak(axis: str, value: int) -> float:
     """Megabytes of a fresh process with the default measures."""
-    command = [sys.executable, __file__, "--axes", axis, "--memory", str(value)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return in_fresh_process(__file__, "--axes", axis, "--memory", str(value))
 
 
 def exponents(values: tuple[int, ...], found: list[float]) -> tuple[float, float]:

@@ -58,10 +58,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a netCDF file, whole or not at all; a file of that name is replaced."""
-        encoding = {name: {"zlib": True} for name in self.data.data_vars}
-        content = self.data.assign_attrs(kind=self.KIND).to_netcdf(engine="h5netcdf", encoding=encoding)
-        with whole(Path(path)) as partial_file:  # not by HDF5 itself, which ends the process where a disk is full
-            partial_file.write_bytes(content)
+        save_dataset(self.data.assign_attrs(kind=self.KIND), Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -117,6 +114,14 @@ class Result:
             if not isinstance(about[key], kind):
                 return f"{key} in its provenance is {short(about[key])}, which should be of type {kind.__name__}"
         return None
+
+
+def save_dataset(data: xr.Dataset, path: Path) -> None:
+    """Write a netCDF file, whole or not at all."""
+    encoding = {name: {"zlib": True} for name in data.data_vars}
+    content = data.to_netcdf(engine="h5netcdf", encoding=encoding)
+    with whole(path) as partial_file:  # not by HDF5 itself, which ends the process where a disk is full
+        partial_file.write_bytes(content)
 
 
 def _read(path: Path) -> xr.Dataset:

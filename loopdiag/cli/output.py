@@ -201,15 +201,8 @@ def print_answer(told: dict[str, Any], recommendation: Recommendation) -> None:
 
 def _print_decoding(costs: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """What a new token takes under each loop count."""
-    table = Table(
-        title=f"A new token after {costs[0]['prompt']}, on {about['device']} in {about['dtype']}, timed",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-        title_justify="left",
-    )
-    for heading in ("loops", "loops in turn", "side by side", "KV / token", "KV fixed"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _by_count(("loops in turn", "side by side", "KV / token", "KV fixed"))
+    table.title = f"A new token after {costs[0]['prompt']}, on {about['device']} in {about['dtype']}, timed"
     for cost in costs:
         times = (cost["sequential"], cost["parallel"])
         table.add_row(
@@ -218,6 +211,14 @@ def _print_decoding(costs: list[dict[str, Any]], about: dict[str, Any]) -> None:
             *(_short(cost["kv"][of], *_BYTES) for of in ("per_token", "fixed")),
         )
     stdout.print(table)
+
+
+def _by_count(headings: tuple[str, ...]) -> Table:
+    """An empty table of numbers, with a row for each loop count."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left")
+    for heading in ("loops", *headings):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def _loops(count: int) -> str:
@@ -282,9 +283,7 @@ def print_info(model: str, told: dict[str, Any]) -> None:
     for name, text in lines.items():
         table.add_row(name, escape(text))
     stdout.print(table)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("loops", "unshared", "FLOPs / token", "KV / token", "KV fixed"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _by_count(("unshared", "FLOPs / token", "KV / token", "KV fixed"))
     for row in told["loops"]:
         table.add_row(
             f"{row['loops']}{'*' if row['extrapolated'] else ''}",

@@ -81,9 +81,9 @@ def tokenize(
             document.name,
             document.source,
             tuple(ids[:max_tokens]),
-            cut=len(ids) > max_tokens or beginning(document.text, max_tokens) != document.text,
+            cut=len(ids) > max_tokens or len(text) < len(document.text),
         )
-        for document, ids in zip(documents, encoded["input_ids"], strict=True)
+        for document, text, ids in zip(documents, texts, encoded["input_ids"], strict=True)
         if len(ids) >= min_tokens
     ]
     if not tokenized:

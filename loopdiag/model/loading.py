@@ -104,13 +104,10 @@ def load(
     net.tokenizer, net.stop_tokens, net.source = read_tokenizer(folder), _stop_tokens(folder), os.fspath(model)
     parameters = {name for name, _ in net.named_parameters()}
     places = placed(net, target, room()) if place is None else {"": place}
-    state = {
-        ours: _read(
-            *(sources, names[ours], like.shape),
-            *(target if ours in parameters else like.dtype, place_of(ours, places)),
-        )
-        for ours, like in expected.items()
-    }
+    state = {}
+    for ours, like in expected.items():
+        kept_in = target if ours in parameters else like.dtype
+        state[ours] = _read(sources, names[ours], like.shape, kept_in, place_of(ours, places))
     net.load_state_dict(state, assign=True)
     connect(net, places)
     net.ensure_loops(max(cfg.n_loops, n_loops or 1))

@@ -25,7 +25,7 @@ from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.loading import load
 from loopdiag.model.saving import save
 from loopdiag.monitor import BATCH_SIZE
-from loopdiag.results import about_machine, weights_hash
+from loopdiag.results import about_machine, save_dataset, weights_hash
 from loopdiag.sweep.gathering import GRID, RATES, SETTINGS, cell_file, chosen_rates, gather, search_file
 from loopdiag.sweep.grid import SEARCH_SEED, Cell, Grid
 from loopdiag.sweep.text import Text
@@ -276,9 +276,7 @@ class _Run:
             },
             {"provenance": json.dumps(provenance, sort_keys=True)},
         )
-        with whole(job.done) as partial:
-            encoding = {name: {"zlib": True} for name in data.data_vars}
-            partial.write_bytes(data.to_netcdf(engine="h5netcdf", encoding=encoding))
+        save_dataset(data, job.done)
         self.gather()
 
     def without_diagnosis(self, jobs: Sequence[_Job]) -> list[_Job]:
