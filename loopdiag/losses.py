@@ -39,6 +39,13 @@ class SweepLosses(Result):
             ("nll", "loop_helped", "loop_harmed", "offset_helped", "offset_harmed"),
             ("seed", "memory", "offset", "loops", "document"),
         ),
+        "nll_look": ("seed", "memory", "offset", "loops", "look", "document"),
+        "look": ("look",),
+        **dict.fromkeys(
+            ("flops", "kv_bytes", "kv_bytes_fixed", "parameters_once", "parameters_looped"),
+            ("memory", "offset", "loops"),
+        ),
+        "learning_rate": ("loops",),
     }
     TEXTS: ClassVar[Layout] = {"memory": ("memory",), "document": ("document",), "source": ("document",)}
     ABOUT: ClassVar[About] = {"data": str, "recipe": dict}

@@ -102,8 +102,7 @@ class LoopTrace:
     @property
     def finite(self) -> Bool[Tensor, " document"]:
         """Whether no state of a document is NaN or infinite, nor so large that its sum is."""
-        total = self.raw.sum(-1, dtype=torch.promote_types(self.raw.dtype, torch.float32))
-        return (total.isfinite() | ~self.mask).all(2).all(0)
+        return are_finite(self.raw, self.mask).all(0)
 
     @property
     def exit_state(self) -> States:
@@ -351,6 +350,14 @@ def record(
         leave=whole.get("hook_exit_gate"),
         at=None if len(loops) == n_loops else (0, *loops),
     )
+
+
+def are_finite(
+    states: Float[Tensor, "*loops document pos d_model"], mask: Bool[Tensor, "document pos"]
+) -> Bool[Tensor, "*loops document"]:
+    """Whether no state of a document is NaN or infinite, nor so large that its sum is."""
+    total = states.sum(-1, dtype=torch.promote_types(states.dtype, torch.float32))
+    return (total.isfinite() | ~mask).all(-1)
 
 
 def kept_loops(n_loops: int, at: Sequence[int] | None) -> tuple[int, ...]:

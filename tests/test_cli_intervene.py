@@ -67,7 +67,7 @@ def test_json_and_file_hold_the_same(answered):
     told, effects = json.loads((folder / "e.json").read_text()), iv.Effects.load(folder / "e.nc")
     assert set(told) == {
         *("schema", "model", "trained_loops", "run_loops", "documents", "tokens", "nll", "caveat", "bootstrap"),
-        *("absent", "interventions", "provenance"),
+        *("documents_not_finite", "absent", "interventions", "provenance"),
     }
     assert told["interventions"] == [vars(row) for row in effects.table()]
     assert told["provenance"] == effects.provenance

@@ -1,7 +1,9 @@
 """Documents whose states overflow: named and left out, and a failure where it is all of them."""
 
 import json
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from test_cli import run
@@ -10,6 +12,7 @@ from tiny import VOCABULARY, random_corpus, word_tokenizer, words
 
 import loopdiag as ld
 from loopdiag.corpus import Corpus, Document
+from loopdiag.interventions import Intervention
 from loopdiag.model import save
 from loopdiag.parts import Parts
 
@@ -71,6 +74,45 @@ def test_parts_say_it_too(tmp_path):
     assert made.data.equals(again.data)
 
 
+def overflowing(ids):
+    """An intervention after which one document, or all, has no finite numbers."""
+
+    @contextmanager
+    def make(model):
+        def spoil(tensor, hook):
+            return tensor.masked_fill(spoilt[:, None, None], torch.inf)
+
+        spoilt = torch.tensor(ids)
+        with model.hooks([("hook_embed", spoil)]):
+            yield
+
+    return Intervention("mine", "overflow", None, make)
+
+
+def test_effects_are_those_without_them():
+    """Law: an intervention's effects are paired, so a document that one run loses is left out of all of them."""
+    corpus = Corpus("one is loud", (), documents("report", 5, {1}))
+    made = ld.intervene(model(), corpus, ["loops", overflowing([False] * 3 + [True] * 2)], batch_size=5)
+    assert made.provenance["documents_not_finite"] == ["report/1", "report/3", "report/4"]
+    assert (made.provenance["documents"], made.provenance["tokens"]) == (2, 2 * 23)
+    ours = ld.intervene(model(), without(corpus, {"report/1", "report/3", "report/4"}), ["loops"])
+    assert ours.provenance["documents_not_finite"] == []
+    for name in ("nll", "effect", "helped", "harmed"):
+        found = made.data[name].sel(intervention=ours.data["intervention"]) if name != "nll" else made.data[name]
+        np.testing.assert_allclose(found.values, ours.data[name].values, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(made.data["effect"]).all()
+
+
+@pytest.mark.parametrize(
+    ("loud", "spoilt", "named"), [({0, 1}, [], "in every run"), (set(), [True] * 2, "with overflow")]
+)
+def test_no_finite_effects_are_a_failure(loud, spoilt, named):
+    """The message says which run lost them all."""
+    corpus = Corpus("all are loud", (), documents("report", 2, loud))
+    with pytest.raises(FloatingPointError, match=f"None of the 2 documents gave finite numbers {named}: "):
+        ld.intervene(model(), corpus, ["loops", *([overflowing(spoilt)] if spoilt else [])])
+
+
 @pytest.mark.parametrize("measures", [["default"], ["motion"], ["pooled", "tokens", "noise", "exit_rules"]])
 def test_none_that_is_finite_is_a_failure(measures):
     """There is nothing to answer from."""
@@ -121,6 +163,19 @@ def test_the_command_tells_how_many(folder):
     assert f"{lost} more gave no finite numbers" in " ".join(result.stdout.split())
     name = told["provenance"]["documents_not_finite"][0]
     assert f"note: {lost} documents were left out: their numbers are not finite ({name}" in result.stderr
+
+
+def test_intervene_tells_how_many(folder):
+    """In the text below the table, in the notes with names, and in the JSON."""
+    data = write(folder, range(0, 30, 5))
+    result = run("intervene", folder / "model", "--data", data, "--json", folder / "a.json", "--only", "loops")
+    assert result.exit_code == 0, result.output
+    told = json.loads((folder / "a.json").read_text())
+    lost = told["documents_not_finite"]
+    assert 0 < lost == len(told["provenance"]["documents_not_finite"])
+    assert told["documents"] + lost == 15
+    assert f"{lost} more gave no finite numbers" in " ".join(result.stdout.split())
+    assert f"note: {lost} documents were left out: their numbers are not finite (" in result.stderr
 
 
 def test_the_command_fails_without_a_recommendation(folder):

@@ -43,6 +43,9 @@ def make_sweep(loops=(1, 2, 3, 4), offsets=(1, 0), memories=("first",), seeds=3,
     }
     nothing = ((*PLACE, "document"), np.zeros_like(nll))
     values |= dict.fromkeys(("loop_helped", "loop_harmed", "offset_helped", "offset_harmed"), nothing)
+    costs = ("flops", "kv_bytes", "kv_bytes_fixed", "parameters_once", "parameters_looped")
+    values |= dict.fromkeys(costs, (PLACE[1:], np.ones(shape[1:])))
+    values |= {"learning_rate": ("loops", np.full(len(loops), 0.003))}
     coords = dict(zip(PLACE, (range(seeds), memories, offsets, loops), strict=True))
     coords = {name: list(axis) for name, axis in coords.items()} | {
         "document": [f"text {index}" for index in range(DOCUMENTS)],

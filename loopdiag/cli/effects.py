@@ -31,6 +31,7 @@ def effects_answer(effects: Effects, seed: int) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         **{key: about[key] for key in ("model", "trained_loops", "run_loops", "documents", "tokens")},
+        "documents_not_finite": len(about.get("documents_not_finite", ())),
         "nll": _number(float(effects.data["nll"].mean())),
         "caveat": CAVEAT,
         "bootstrap": {"seed": seed, "draws": DRAWS},
@@ -72,10 +73,11 @@ def print_effects(told: dict[str, Any]) -> None:
             cell(row["harmed"]),
         )
     stdout.print(table)
+    lost = f"; {told['documents_not_finite']} more gave no finite numbers" if told["documents_not_finite"] else ""
     about, groups = told["provenance"], {row["group"] for row in told["interventions"]}
     lines = [
         f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {about['corpus']} (the half "
-        f"that a diagnosis reports on); NLL untouched {nll}. Nats per token; above 0 is worse. Helped and harmed: "
+        f"that a diagnosis reports on{lost}); NLL untouched {nll}. Nats per token; above 0 is worse. Helped and harmed: "
         "taken off some tokens, added to others. Intervals are over documents; they leave out the training seed."
     ]
     if about["sources"] < FEWEST_SOURCES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopdiag import html
@@ -24,6 +24,7 @@ from loopdiag.errors import InputError
 from loopdiag.interventions import contexts
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.results import About, Layout, Result, about_machine, about_model
+from loopdiag.trace import are_finite
 
 SCHEMA = 1
 FEWEST_SOURCES = 5  # fewer cannot say how much sources differ
@@ -254,6 +255,8 @@ def intervene(
     Raises:
         ValueError: `n_loops` or `batch_size` below 1.
         EffectsError: An unknown name, nothing left to do, no tokenizer, `max_tokens` beyond the model, or no documents.
+        FloatingPointError: No document gave finite numbers in all runs. Those that do not are left out and named in the
+            provenance.
         RuntimeError: A run failed, named with its intervention; a ValueError of an intervention comes as it is.
     """
     cfg = model.cfg
@@ -274,12 +277,13 @@ def intervene(
         untouched = None
         for name, make in runs:
             try:
-                with make(model):
+                with make(model), _watched(model, mask) as finite:
                     nll = _token_nll(model(ids, mask, n_loops=n_loops, seed=seed), ids, predicts)
             except ValueError:
                 raise
             except Exception as error:
                 raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
+            nll = nll.masked_fill(~finite[:, None], float("nan"))
             if untouched is None:
                 untouched, values = nll, {"nll": nll}
             else:
@@ -290,6 +294,9 @@ def intervene(
             done += len(ids)
             tell("intervening", done, len(runs) * len(documents))
 
+    data = _dataset(parts, chosen, documents)
+    throughout = _finite_throughout(data)
+    kept = [document for document, is_finite in zip(documents, throughout, strict=True) if is_finite]
     provenance = {
         "schema": SCHEMA,
         "model": model.source,
@@ -299,17 +306,18 @@ def intervene(
         "absent": absent,
         "corpus": corpus.name,
         "corpus_sha256": corpus.fingerprint,
-        "documents": len(documents),
-        "sources": len({document.source for document in documents}),
-        "documents_cut": sum(document.cut for document in documents),
+        "documents": len(kept),
+        "sources": len({document.source for document in kept}),
+        "documents_cut": sum(document.cut for document in kept),
         "documents_too_short": len(corpus.report) - len(documents),
-        "tokens": sum(len(document.input_ids) - 1 for document in documents),
+        "documents_not_finite": data["document"].values[~throughout].tolist(),
+        "tokens": sum(len(document.input_ids) - 1 for document in kept),
         "max_tokens": max_tokens,
         "seed": seed,
         "batch_size": batch_size,
         **about_machine(),
     }
-    return Effects(_dataset(parts, chosen, documents, provenance))
+    return Effects(data.isel(document=throughout).assign_attrs(provenance=json.dumps(provenance, sort_keys=True)))
 
 
 def _chosen(
@@ -349,6 +357,18 @@ def _batches(documents: Sequence[TokenDocument], size: int) -> Iterator[Batch]:
     yield from batches(documents[cut:], max(together, 1))
 
 
+@contextmanager
+def _watched(model: LoopedLM, mask: Tensor) -> Iterator[Bool[Tensor, " document"]]:
+    """Which documents' states stay finite within; a norm hides from the loss that they did not."""
+    finite = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+
+    def watch(state: Tensor, hook: Any) -> None:
+        finite.logical_and_(are_finite(state, mask).to(finite.device))
+
+    with model.hooks([(lambda name: name == "hook_embed" or name.endswith("hook_out_pre_norm"), watch)]):
+        yield finite
+
+
 def _token_nll(logits: Tensor, ids: Tensor, predicts: Tensor) -> Float[Tensor, "document pos"]:
     """NLL of every next token; 0 where none is predicted."""
     # Document by document: the float32 copy of a whole batch's logits may be larger than the model.
@@ -359,11 +379,23 @@ def _token_nll(logits: Tensor, ids: Tensor, predicts: Tensor) -> Float[Tensor, "
     return torch.stack(nll).double().masked_fill(~predicts, 0)
 
 
+def _finite_throughout(data: xr.Dataset) -> Bool[np.ndarray, " document"]:
+    """Documents whose numbers are finite in every run: intervals are paired, so all are over the same documents."""
+    untouched = np.isfinite(data["nll"].values)
+    changed = np.isfinite(data["effect"].values)
+    finite = untouched & changed.all(0)
+    if not finite.any():
+        names = data["intervention"].values[~changed[:, untouched].any(1)]
+        at = f"with {', '.join(names)}" if untouched.any() and len(names) else "in every run"
+        raise FloatingPointError(
+            f"None of the {len(finite)} documents gave finite numbers {at}: run in a dtype of wider range (bfloat16 or "
+            "float32, not float16), with fewer loops, or without that intervention."
+        )
+    return finite
+
+
 def _dataset(
-    parts: dict[str, list[np.ndarray]],
-    chosen: Sequence[Intervention],
-    documents: Sequence[TokenDocument],
-    provenance: dict[str, Any],
+    parts: dict[str, list[np.ndarray]], chosen: Sequence[Intervention], documents: Sequence[TokenDocument]
 ) -> xr.Dataset:
     about = {
         "nll": "negative log likelihood of the next token, without an intervention",
@@ -389,5 +421,4 @@ def _dataset(
             "document": [document.name for document in documents],
             "source": ("document", [document.source for document in documents]),
         },
-        attrs={"provenance": json.dumps(provenance, sort_keys=True)},
     )
