@@ -293,6 +293,8 @@ def diagnose(
         "documents": len(run.report),
         "documents_cut": sum(document.cut for document in run.report),
         "documents_not_finite": run.not_finite,
+        "documents_fit": len(fit) - len(run.fit_not_finite),
+        "documents_fit_not_finite": [document.name for document in fit if document.name in run.fit_not_finite],
         "tokens": sum(len(document.input_ids) - 1 for document in run.report),
         "absent": {name: why for name, why in missing.items() if name not in thresholds},
         "ridges": {f"{kind} {loop}": ridge for (kind, loop), ridge in sorted(fitted.ridges.items())}
@@ -324,6 +326,7 @@ class _Run:
         self.longest = max(len(document.input_ids) for document in report)
         self.shown: list[int] = []
         self.not_finite: list[str] = []
+        self.fit_not_finite: set[str] = set()
         self.token_class: tuple[Tensor, int] | None = None
         if "classes" in groups:
             ids = model.tokenizer.get_vocab().values()
@@ -357,7 +360,8 @@ class _Run:
         }
         for name in self.parts.share(list(named)):
             self.parts[name] = made(named[name])
-            self._tell(what, sum(len(named[each].names) for each in named if each in self.parts), len(documents))
+            there = self.parts.names()  # other processes' among them
+            self._tell(what, sum(len(batch.names) for each, batch in named.items() if each in there), len(documents))
         self.parts.meet()
         self._tell(what, len(documents), len(documents))
         for name in named:
@@ -384,20 +388,25 @@ class _Run:
         if not first.readable:
             return None
 
+        known: dict[str, bool] = {}  # of documents that were met, whether they are finite
+
         def traces(documents: Sequence[TokenDocument]) -> Iterator[LoopTrace]:
             for batch in self.batches(documents, "fitting readouts", RECORDINGS * len(fit)):
                 trace = self.record(batch)
-                if trace.finite.any():
-                    yield replace(trace, mask=trace.mask & trace.finite[:, None])
+                if not {*batch.names} <= {*known}:
+                    known.update(zip(batch.names, prediction.finite_documents(trace).tolist(), strict=True))
+                finite = torch.tensor([known[name] for name in batch.names], device=trace.mask.device)
+                if finite.any():
+                    yield replace(trace, mask=trace.mask & finite[:, None])
 
         order = np.random.default_rng(self.seed).permutation(len(fit))
 
-        def fitted() -> Readouts:
-            return fit_readouts([fit[index] for index in order], traces)
+        def fitted() -> dict[str, Tensor]:
+            readouts = fit_readouts([fit[index] for index in order], traces)
+            return readouts.tensors() | {"finite": torch.tensor([known[document.name] for document in fit])}
 
-        if self.parts is None:
-            return fitted()
-        kept = self.parts.once("readouts", lambda: fitted().tensors())
+        kept = fitted() if self.parts is None else self.parts.once("readouts", fitted)
+        self.fit_not_finite |= _lost(fit, kept.pop("finite"))
         return Readouts.of({name: value.to(first.raw.device) for name, value in kept.items()})
 
     def exit_rules(self, fit: Sequence[TokenDocument]) -> dict[str, Tensor]:
@@ -406,10 +415,15 @@ class _Run:
         def of_batch(batch: Batch) -> dict[str, Tensor]:
             trace = self.record(batch)
             taken = take(trace, ("exit_rules",), self.rank_tokens)
-            return {name: values[trace.finite.to(values.device)] for name, values in taken.items()}
+            return taken | ({"finite": prediction.finite_documents(trace)} if taken else {})
 
         parts = list(self.taken("exit rules", fit, of_batch))
-        return {f"{name}_fit": torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if not found:
+            return {}
+        finite = found.pop("finite")
+        self.fit_not_finite |= _lost(fit, finite)
+        return {f"{name}_fit": values[finite].mean(0) for name, values in found.items()}
 
     def measure(self, fitted: Readouts | None) -> tuple[dict[str, Tensor], dict[str, np.ndarray], dict[str, str]]:
         """Every measure over the report documents, a few of them token by token, and why some are missing."""
@@ -511,6 +525,11 @@ class _Run:
         for name, x in moved.items():
             found[name][few] = x.cpu()
         return found
+
+
+def _lost(documents: Sequence[TokenDocument], finite: Tensor) -> set[str]:
+    """Names of those that are not finite."""
+    return {document.name for document, is_finite in zip(documents, finite.tolist(), strict=True) if not is_finite}
 
 
 def matched_tokens(lengths: Iterable[int]) -> int:

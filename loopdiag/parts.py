@@ -62,12 +62,10 @@ class Parts:
         self._lock = FileLock(self.folder / LOCK, blocking=False)
         if self._is_anothers():
             raise PartsError(f"{self.folder} is there and holds no parts of a diagnosis: move it, or save elsewhere.")
-        self._left = self._names()
-        if self._left and not resume:
-            raise PartsError(
-                f"{self.folder} has what a stopped run measured: go on with it (--resume, in Python resume=True), or "
-                "delete the folder to measure anew."
-            )
+        self._resume = resume
+        self._left = self.names()
+        if wrong := self._unasked():
+            raise PartsError(wrong)
 
     @property
     def first(self) -> bool:
@@ -87,11 +85,14 @@ class Parts:
         everyone = [ours] * self._processes
         if self._processes > 1:
             dist.all_gather_object(everyone, ours)
-        said = [self._take(everyone) if self.first else None]
+        # What is there by now: another run may have worked in it while this one loaded its model.
+        wrong = self._take(everyone) if self.first else None
         if self._processes > 1:
+            said: list[Any] = [wrong, self._left]
             dist.broadcast_object_list(said)
-        if said[0] is not None:
-            raise PartsError(said[0])
+            wrong, self._left = said
+        if wrong is not None:
+            raise PartsError(wrong)
         try:
             yield
             self.meet()
@@ -114,9 +115,13 @@ class Parts:
         if self._processes > 1:
             dist.barrier()
 
+    def names(self) -> set[str]:
+        """Parts that are there."""
+        return {file.name.removesuffix(SUFFIX) for file in self.folder.glob(f"*{SUFFIX}")}
+
     def remove(self) -> None:
         """Take the folder away: the whole result is kept elsewhere."""
-        for name in self._names():  # before what says what they are of: a kill in between must leave no doubt
+        for name in self.names():  # before what says what they are of: a kill in between must leave no doubt
             self._file(name).unlink()
         shutil.rmtree(self.folder)
 
@@ -136,8 +141,14 @@ class Parts:
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
 
-    def _names(self) -> set[str]:
-        return {file.name.removesuffix(SUFFIX) for file in self.folder.glob(f"*{SUFFIX}")}
+    def _unasked(self) -> str | None:
+        """Why not to go on from the parts that are there."""
+        if not self._left or self._resume:
+            return None
+        return (
+            f"{self.folder} has what a stopped run measured: go on with it (--resume, in Python resume=True), or "
+            "delete the folder to measure anew."
+        )
 
     def _is_anothers(self) -> bool:
         """Whether there is something that is not ours to write into, and to remove in the end."""
@@ -157,15 +168,21 @@ class Parts:
         except Timeout:
             return f"Another run is measuring into {self.folder}: wait for it, or stop it."
         said = self.folder / ABOUT
-        if self._left:
+        self._left = self.names()
+        wrong = self._unasked()
+        if self._left and not wrong:
             theirs = json.loads(said.read_text(encoding="utf-8"))
             if theirs != ours:
-                self._lock.release()
-                return (
+                threads = theirs.get("threads")
+                hint = f" (OMP_NUM_THREADS={threads} sets its threads)" if threads != ours.get("threads") else ""
+                wrong = (
                     f"{self.folder} has parts of another run, with other numbers: {_differ(theirs, ours)}. Run it as "
-                    "then to go on, or delete the folder to measure anew."
+                    f"then{hint} to go on, or delete the folder to measure anew."
                 )
-        else:
+        if wrong:
+            self._lock.release()
+            return wrong
+        if not self._left:
             with whole(said) as partial:
                 partial.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
         return None

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from reprlib import repr as short
 from typing import Any, ClassVar, Self
 
 import h5py
+import numpy as np
 import torch
 import xarray as xr
 
@@ -22,10 +24,12 @@ from loopdiag import __version__
 from loopdiag.errors import InputError
 from loopdiag.files import whole
 from loopdiag.model.decoder import LoopedLM
+from loopdiag.model.placement import places_of
 
 # Bytes in memory that are read without a second look, and how many times its file's size a dataset may have beyond:
 # a file of nothing but missing values is small, whatever it says it holds.
 LARGE, MOST_PACKED = 2**30, 100
+LARGEST_NUMBER = 8  # bytes
 
 Layout = Mapping[str, tuple[str, ...]]
 About = Mapping[str, type]
@@ -126,19 +130,42 @@ def save_dataset(data: xr.Dataset, path: Path) -> None:
 
 def _read(path: Path) -> xr.Dataset:
     """The dataset of a file that holds all of it itself."""
+    size, needed = path.stat().st_size, 0
+    most = max(LARGE, MOST_PACKED * size)
     with h5py.File(path) as file:
         for name in file:
             if not isinstance(file.get(name, getlink=True), h5py.HardLink):
                 raise ValueError(f"{name} is a link, and may lead to another file")
             entry = file[name]
-            if isinstance(entry, h5py.Dataset) and (entry.external or entry.is_virtual):
+            if not isinstance(entry, h5py.Dataset):
+                continue
+            if entry.external or entry.is_virtual:
                 raise ValueError(f"{name} stands in another file")
+            needed += entry.size * max(LARGEST_NUMBER, entry.dtype.itemsize)  # xarray may make them larger
+            if needed <= most and h5py.check_string_dtype(entry.dtype):
+                needed += _text_bytes(entry, max(1, most // size), most - needed)
+            if needed > most:
+                raise ValueError(f"it would take {needed:,} bytes of memory, or more")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about other people's HDF5 files, which are refused
         with xr.open_dataset(path, engine="h5netcdf") as data:
-            if data.nbytes > max(LARGE, MOST_PACKED * path.stat().st_size):
-                raise ValueError(f"it would take {data.nbytes:,} bytes of memory")
             return data.load()
+
+
+def _text_bytes(texts: h5py.Dataset, together: int, most: int) -> int:
+    """Bytes of all texts, counted until there are more than `most`; no more are held than `together`.
+
+    Texts of any length may all refer to the same bytes of the file.
+    """
+    if not texts.shape:
+        return len(texts[()])
+    found = 0
+    for place in np.ndindex(texts.shape[:-1]):
+        for start in range(0, texts.shape[-1], together):
+            found += sum(map(len, texts[(*place, slice(start, start + together))]))
+            if found > most:
+                return found
+    return found
 
 
 def about_model(model: LoopedLM) -> dict[str, Any]:
@@ -148,8 +175,15 @@ def about_model(model: LoopedLM) -> dict[str, Any]:
         "weights_sha256": weights_hash(model),
         "config": asdict(model.cfg),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
+        "device": _devices(model),
     }
+
+
+def _devices(model: LoopedLM) -> str:
+    """The kind of device that a model is on, and what is elsewhere: rounding differs between kinds."""
+    home, *layers = (device.type for device in places_of(model).values())
+    elsewhere = Counter(kind for kind in layers if kind != home)
+    return ", ".join([home, *(f"{count} of {len(layers)} layers on {kind}" for kind, count in elsewhere.items())])
 
 
 def weights_hash(model: LoopedLM) -> str:

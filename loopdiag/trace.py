@@ -312,7 +312,7 @@ def record(
         def hook(value: Tensor, hook: Any) -> None:
             if point not in whole:
                 size = (len(loops) + 1, cfg.n_layers) if point == "attn.hook_gate" else (len(loops) + 1,)
-                whole[point] = value.new_full((*size, *value.shape), float("nan"))
+                whole[point] = value.new_full((*size, *value.shape), float("nan"), device=device)
             whole[point][place] = value
 
         return hook

@@ -15,6 +15,7 @@ from test_cli import run
 from test_plots_sweeps import make_sweep
 
 from loopdiag import results
+from loopdiag.cli.runs import kind_of
 from loopdiag.diagnosis import DECIDING, Diagnosis
 from loopdiag.interventions import Effects
 from loopdiag.losses import SweepLosses
@@ -238,6 +239,56 @@ def test_a_result_that_refers_to_another_file(saved, tmp_path, build):
         del content["nll_exit"]
         build(content)
     refuse(Diagnosis, tmp_path / "x.nc", "is a link|stands in another file|bytes of memory|holds no diagnosis")
+
+
+def coordinate(content):
+    """Two gigabytes of one number, as an index that is read when the file is opened."""
+    content.create_dataset("loop2", data=None, shape=(2**28,), dtype="i8", chunks=(2**22,), compression="gzip")
+    content["loop2"].make_scale("loop2")
+
+
+def test_a_small_file_that_takes_gigabytes(saved, tmp_path):
+    """Refused before it is opened as a dataset, which would read its indexes."""
+    _, file = saved["diagnosis"]
+    shutil.copy(file, tmp_path / "x.nc")
+    with h5py.File(tmp_path / "x.nc", "a") as content:
+        coordinate(content)
+    code = (
+        "import resource, sys\n"
+        "from loopdiag.diagnosis import Diagnosis\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    Diagnosis.load(sys.argv[1])\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x.nc")]
+    message, megabytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert "bytes of memory" in message
+    assert int(megabytes) < 200
+
+
+def test_texts_are_counted_as_they_are_read(tmp_path, monkeypatch):
+    """However few bytes of the file they all refer to."""
+    with h5py.File(tmp_path / "x.h5", "w") as content:
+        texts = content.create_dataset("texts", data=["abc", "de"] * 6, dtype=h5py.string_dtype())
+        table = content.create_dataset("table", data=np.array([["abc", "", "d"]] * 2, object), dtype=texts.dtype)
+        one = content.create_dataset("one", data="abcd", dtype=texts.dtype)
+        assert results._text_bytes(texts, 5, 1000) == 30
+        assert results._text_bytes(table, 2, 1000) == 8
+        assert results._text_bytes(one, 2, 1000) == 4
+        assert results._text_bytes(texts, 2, 9) == 10
+
+
+@pytest.mark.parametrize("build", [outside, giant])
+def test_what_kind_of_file_it_is_takes_its_attributes_alone(tmp_path, build):
+    hdf5(tmp_path / "x.nc", build)
+    with h5py.File(tmp_path / "x.nc", "a") as content:
+        content.attrs["kind"] = "sweep"
+    assert kind_of(tmp_path / "x.nc") == "sweep"
+    (tmp_path / "text.nc").write_text("text")
+    assert kind_of(tmp_path / "text.nc") is None
 
 
 NO_HDF5 = {

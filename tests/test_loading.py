@@ -112,7 +112,13 @@ def test_a_number_of_loops_that_is_none(n_loops, nothing_read):
 
 
 @pytest.mark.parametrize(
-    ("device", "said"), [("abacus", "is not known to torch: use 'cpu'"), ("cuda", "torch sees no GPU here. Use 'cpu'")]
+    ("device", "said"),
+    [
+        ("abacus", "is not known to torch: use 'cpu'"),
+        ("cuda", "torch sees no GPU here. Use 'cpu'"),
+        ("meta", "does not work here"),
+        ("mps", "does not work here"),
+    ],
 )
 def test_a_device_that_is_not_there(nothing_read, monkeypatch, device, said):
     """What was given, and what may be."""
@@ -294,6 +300,24 @@ def test_tokenizer_and_stop_tokens_are_saved_with_the_model(tmp_path, settings):
     again = ld.load(tmp_path)
     assert again.stop_tokens == (7, 9)
     assert again.tokenizer("w3 w1 w4")["input_ids"] == [3, 1, 4]
+
+
+def test_a_tokenizers_files_are_whole(tmp_path, monkeypatch):
+    """A save that fails on the way leaves the files that were there as they were."""
+    model = small()
+    model.tokenizer = word_tokenizer()
+    model.save(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def half(self, folder):
+        with open(f"{folder}/tokenizer.json", "w") as file:
+            file.write('{"half": ')
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", half)
+    with pytest.raises(OSError, match="disk full"):
+        model.save(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_stop_tokens_are_those_of_the_model_that_was_saved_last(tmp_path):

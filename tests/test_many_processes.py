@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import xarray as xr
 from test_cli import run
 
 from loopdiag import parts as module
+from loopdiag.cli import processes
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.parts import Parts, PartsError
 
@@ -174,6 +176,48 @@ def test_the_others_do_not_wait_for_a_dead_process(environment, tmp_path):
     assert "Traceback" not in said[1][1]
     assert not (tmp_path / "saved.nc").exists()
     assert [part.name for part in (tmp_path / "saved.nc.parts").glob("*.safetensors")] == ["readouts.safetensors"]
+
+
+@pytest.mark.parametrize("command", ["recommend", "intervene", "probe", "report", "figures", "generate", "info"])
+def test_commands_that_are_for_one_process(monkeypatch, command):
+    """Each would do the same, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(command, "tiny-plt-2")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"`loopdiag {command}` is for one process, and 2 were started" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["diagnose", "tiny-plt-2"], ["recommend"]])
+def test_a_size_of_the_group_that_is_no_number(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    result = run(*command)
+    assert result.exit_code == 2
+    assert "WORLD_SIZE = 'two' in the environment is no number" in result.stderr
+
+
+def test_a_group_that_does_not_come_together(monkeypatch, tmp_path):
+    """One process alone with the environment of two: told, not waited for without end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    result = run("diagnose", "tiny-plt-2", "--quiet", "--save", tmp_path / "x.nc")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Not all of the 2 processes that WORLD_SIZE or MPI tells of have come" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"])
+def test_each_process_takes_its_own_device(monkeypatch, name):
+    """Whatever launcher says which of the machine's processes it is."""
+    for other in processes.LOCAL_RANKS:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setenv(name, "3")
+    processes._take_device()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 class Group:

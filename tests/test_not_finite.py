@@ -62,6 +62,35 @@ def test_what_is_measured_is_what_is_measured_without_them(measures):
         assert abs(made.data["nll_usable"] - ours.data["nll_usable"]).mean() < 0.05
 
 
+def blinding():
+    """A model whose states stay finite at `LOUD`, and whose logits there do not."""
+    made = model()
+    for block in made.blocks:
+        for out in (block.attn.o_proj, block.mlp.down_proj):
+            out.weight.data.zero_()
+    made.embed.weight.data[:, 0] = 0
+    made.embed.weight.data[LOUD] = torch.eye(made.cfg.d_model)[0]
+    made.head.weight.data[:, 0] = torch.finfo(torch.float32).max / 2
+    return made
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_documents_to_fit_on_whose_logits_overflow(tmp_path, resumed):
+    """They are left out of translators and exit rules, named, and spoil no other document's numbers."""
+    corpus = Corpus("one is loud", documents("fit", 9, {4}), documents("report", 6, set()))
+    asked = {"measures": ["readouts", "exit_rules", "prediction"], "batch_size": 3}
+    made = ld.diagnose(blinding(), corpus, parts=Parts(tmp_path / "parts") if resumed else None, **asked)
+    if resumed:
+        made = ld.diagnose(blinding(), corpus, parts=Parts(tmp_path / "parts", resume=True), **asked)
+    about = made.provenance
+    assert (about["documents_fit"], about["documents_fit_not_finite"]) == (8, ["fit/4"])
+    assert (about["documents"], about["documents_not_finite"]) == (6, [])
+    assert np.isfinite(made.data["nll_usable"]).all()
+    ours = ld.diagnose(blinding(), without(corpus, {"fit/4"}), **asked)
+    np.testing.assert_allclose(made.data["exit_rule_nll_fit"], ours.data["exit_rule_nll_fit"], rtol=1e-5)
+    assert ours.provenance["documents_fit_not_finite"] == []
+
+
 def test_parts_say_it_too(tmp_path):
     """What a stopped run kept tells which documents were left out."""
     corpus = Corpus("one is loud", (), documents("report", 8, {3}))

@@ -66,6 +66,39 @@ def test_the_text_of_a_trained_model(n_loops):
     assert one.shape[1] > model.cfg.window + 5
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [("bfloat16", 0.15), ("float16", 0.02)])
+@torch.no_grad()
+def test_half_precision_is_the_same_to_rounding(dtype, rounding):
+    """Logits of a trained model; texts may part where two tokens are nearly as likely."""
+    model = ld.load("tiny-plt-4", dtype=dtype)
+    ids = torch.tensor([model.tokenizer("class Shape:\n    def area(self):\n        return self.width")["input_ids"]])
+    past = Past()
+    model(ids[:, :4], past=past)
+    loops = ParallelLoops(model, past, model.cfg.n_loops, longest=ids.shape[1])
+    found = torch.stack([loops.step(ids[:, place : place + 1]) for place in range(4, ids.shape[1])], dim=1).double()
+    exact = ld.load("tiny-plt-4")(ids)[:, 4:]
+    difference = (found - model(ids)[:, 4:].double()).abs().max()
+    assert 0 < difference <= rounding, difference
+    assert (found - exact).abs().max() < 2 * rounding
+
+
+def test_a_past_of_another_run_is_refused():
+    """Of other loops, and rotations that the model does not have."""
+    model, past = make_model(rope_table=True), Past()
+    model(IDS[:, :4], n_loops=2, past=past)
+    with pytest.raises(InputError, match="n_loops = 3, and the past is of a run with 2"):
+        ParallelLoops(model, past, 3, longest=6)
+    with pytest.raises(ValueError, match="more than this model's table of rotations has"):
+        ParallelLoops(model, past, 2, longest=model.cfg.n_ctx + 1)
+
+
+def test_room_for_a_window_is_no_longer_than_the_text():
+    model, past = make_model(window=2**20), Past()
+    model(IDS[:, :4], past=past)
+    loops = ParallelLoops(model, past, model.cfg.n_loops, longest=6)
+    assert max(store.k.shape[2] for store in loops.windows) == 6
+
+
 def test_a_tokens_loops_take_one_pass_of_the_layers():
     """Each layer is entered once a token, with a row for every loop."""
     model, past = make_model(), Past()

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 import xarray as xr
 from test_cli import run
 from test_diagnosis import CORPUS, MODEL, make_readable
@@ -47,6 +48,34 @@ def stopped(folder, monkeypatch, parts, resume=False):
         patched.setattr(Parts, "__setitem__", setitem)
         with pytest.raises(Stopped):
             diagnose(MODEL, CORPUS, parts=kept, **ASKED)
+
+
+def test_another_run_may_have_worked_in_the_folder_meanwhile(folder):
+    """What is there counts when a run takes the folder, not when it was set up, before its model was loaded."""
+    ours, goes_on = Parts(folder), Parts(folder, resume=True)
+    other = Parts(folder)
+    with other.claimed({"seed": 1}):
+        other["readouts"] = {"x": torch.ones(1)}
+    with pytest.raises(PartsError, match="has what a stopped run measured"), ours.claimed({"seed": 0}):
+        pytest.fail("claimed")
+    with pytest.raises(PartsError, match=r"other numbers: seed \(1, now 0\)"), goes_on.claimed({"seed": 0}):
+        pytest.fail("claimed")
+    with goes_on.claimed({"seed": 1}):
+        assert goes_on.share(["readouts", "more"]) == ["more"]
+
+
+def test_other_threads_are_told_how_to_be_set(folder):
+    """Launchers set them unasked."""
+    first = Parts(folder)
+    with first.claimed({"threads": 1}):
+        first["x"] = {"x": torch.ones(1)}
+    with (
+        pytest.raises(
+            PartsError, match=r"threads \(1, now 2\)\. Run it as then \(OMP_NUM_THREADS=1 sets its threads\)"
+        ),
+        Parts(folder, resume=True).claimed({"threads": 2}),
+    ):
+        pytest.fail("claimed")
 
 
 def spy(ran):

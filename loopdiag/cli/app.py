@@ -60,7 +60,7 @@ from loopdiag.cli.output import (
     tell,
 )
 from loopdiag.cli.probes import probe as run_probe
-from loopdiag.cli.processes import together
+from loopdiag.cli.processes import refuse_group, together
 from loopdiag.cli.report import report as make_report
 from loopdiag.cli.runs import SWEEP, Checkpoint, Run
 from loopdiag.cli.sweep import recommend_from_sweep
@@ -79,6 +79,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+GROUPED = ("diagnose", "sweep")  # know what to do where a launcher started several processes
+
+
+@app.callback()
+def one_process(context: typer.Context) -> None:
+    with reported_errors():
+        if (command := context.invoked_subcommand) and command not in GROUPED:
+            refuse_group(command)
+
+
 app.command(name="figures")(draw_figures)
 app.command(name="report")(make_report)
 app.command(name="sweep")(run_sweep)

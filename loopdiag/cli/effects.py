@@ -77,8 +77,9 @@ def print_effects(told: dict[str, Any]) -> None:
     about, groups = told["provenance"], {row["group"] for row in told["interventions"]}
     lines = [
         f"{told['documents']} documents, {told['tokens']:,} predicted tokens of corpus {about['corpus']} (the half "
-        f"that a diagnosis reports on{lost}); NLL untouched {nll}. Nats per token; above 0 is worse. Helped and harmed: "
-        "taken off some tokens, added to others. Intervals are over documents; they leave out the training seed."
+        f"that a diagnosis reports on{lost}); NLL untouched {nll}. Nats per token; above 0 is worse. Helped and "
+        "harmed: taken off some tokens, added to others. Intervals are over documents; they leave out the training "
+        "seed."
     ]
     if about["sources"] < FEWEST_SOURCES:
         lines.append(

@@ -129,9 +129,12 @@ def print_notes(result: Diagnosis | Effects | ProbeScores) -> None:
         note(f"{about['documents_cut']} of {about['documents']} documents were cut at {about['max_tokens']} tokens")
     if about["documents_too_short"]:
         note(f"{about['documents_too_short']} documents were left out: too short")
-    if lost := about.get("documents_not_finite"):
-        few = ", ".join(lost[:LISTED]) + (f" and {len(lost) - LISTED} more" if len(lost) > LISTED else "")
-        note(f"{len(lost)} documents were left out: their numbers are not finite ({few})")
+    for key, what in (("documents_not_finite", "documents"), ("documents_fit_not_finite", "documents to fit on")):
+        if lost := about.get(key):
+            few = ", ".join(lost[:LISTED]) + (f" and {len(lost) - LISTED} more" if len(lost) > LISTED else "")
+            note(f"{len(lost)} {what} were left out: their numbers are not finite ({few})")
+    if "," in (about["device"] or ""):
+        note(f"the model is on {about['device']}: the GPUs had no room for all of it, so it is slow")
     if about["dtype"] in ("bfloat16", "float16") and "noise_step" in about["absent"]:
         note(f"small changes may be rounding in {about['dtype']}: --measures default,noise says how small")
     reasons: dict[str, list[str]] = {}

@@ -8,12 +8,21 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 from loopdiag.cli.output import stderr
+from loopdiag.errors import InputError
 
 # What torchrun, and MPI for processors, say to the processes that they start, and accelerate reads.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_RANKS = (
+    "LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
 PLACES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-LONGEST_WAIT = timedelta(days=7)  # for a process that is at work; one that died is noticed at once
+MEETING = timedelta(minutes=10)  # for all to start
+LONGEST_WAIT = timedelta(days=7)  # for one that is at work; that its connection broke is noticed at once
 
 
 def apart() -> int:
@@ -43,21 +52,46 @@ def together(quiet: bool) -> Iterator[bool]:
     with nullcontext() if quiet or rank > 0 else stderr.status(f"waiting for {size} processes"):
         import torch.distributed as dist
 
+        try:
+            store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=MEETING))
+        except dist.DistError as error:
+            raise RuntimeError(
+                f"Not all of the {size} processes that WORLD_SIZE or MPI tells of have come ({error}): start all, on "
+                "several machines with MASTER_ADDR and MASTER_PORT of the first, or unset WORLD_SIZE for one alone."
+            ) from None
         # Whatever the devices are: only words are exchanged.
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=LONGEST_WAIT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
     try:
         yield rank == 0
     finally:
         dist.destroy_process_group()
 
 
+def refuse_group(command: str) -> None:
+    """Refuse to do the same thing in every process that a launcher started, into the same files.
+
+    Raises:
+        InputError: There are several.
+    """
+    if (size := _told(SIZES, 1)) > 1:
+        raise InputError(
+            f"`loopdiag {command}` is for one process, and {size} were started: share a diagnosis among them "
+            "(`loopdiag diagnose`), and give its file to this."
+        )
+
+
 def _told(names: Sequence[str], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    for name in names:
+        if name in os.environ:
+            if not os.environ[name].isdecimal():
+                raise InputError(f"{name} = {os.environ[name]!r} in the environment is no number: unset it.")
+            return int(os.environ[name])
+    return default
 
 
 def _take_device() -> None:
     """See one device alone, of those that a launcher gave, in turn."""
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None:
-        names = os.environ.get("CUDA_VISIBLE_DEVICES", local).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(local) % len(names)]
+    local = _told(LOCAL_RANKS, -1)
+    if local >= 0:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", str(local)).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[local % len(names)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -41,12 +40,8 @@ class Checkpoint:
     def load(self, loops: int | None, quiet: bool) -> LoopedLM:
         """The model on its device."""
         with nullcontext() if quiet else stderr.status("loading the model"):
-            import torch
-
             from loopdiag.model.loading import load
 
-            if self.device == Device.cuda and not torch.cuda.is_available():
-                raise InputError("--device cuda: torch sees no GPU here. Use --device cpu or auto.")
             return load(
                 self.model,
                 n_loops=loops,
@@ -59,11 +54,11 @@ class Checkpoint:
 
 def kind_of(file: Path) -> str | None:
     """What a file of results says it holds; None where it does not say."""
-    import xarray as xr
+    import h5py
 
     try:
-        with warnings.catch_warnings(action="ignore"), xr.open_dataset(file, engine="h5netcdf") as data:
-            kind = data.attrs.get("kind")
+        with h5py.File(file) as content:
+            kind = content.attrs.get("kind")
     except Exception:  # of many kinds; who reads the file says what is wrong with it
         return None
     return kind if isinstance(kind, str) else None
@@ -95,7 +90,7 @@ class Run:
         Args:
             needs: A group of measures that has to be among those asked for.
             parts: Where what is measured is kept as it appears.
-            also: Called with the model, once it is measured.
+            also: Called with the model before it is measured.
         """
         self._check()
         kept = self.kept()
@@ -115,10 +110,9 @@ class Run:
         from loopdiag.diagnosis import diagnose
 
         def measured(net: LoopedLM, *rest: Any, **settings: Any) -> Diagnosis:
-            made = diagnose(net, *rest, at=kept, measures=groups, parts=parts, **settings)
             if also is not None:
                 also(net)
-            return made
+            return diagnose(net, *rest, at=kept, measures=groups, parts=parts, **settings)
 
         return self._made(measured, loops=kept[-1] if kept else self.loops)
 

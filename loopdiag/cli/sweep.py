@@ -87,8 +87,8 @@ def sweep(
     The same command goes on where a stopped one was; `loopdiag recommend FOLDER` answers from what is there. Under
     `accelerate launch`, or started several times, each process takes models that no other has.
     """
-    rank = apart()
     with reported_errors():
+        rank = apart()
         rates, grid = _rates(lr), _grid(loops, offset, memory, seeds)
         in_range("--tokens", tokens, 1)
         in_range("--batch-size", batch_size, 1)

@@ -124,8 +124,17 @@ def lens(trace: LoopTrace) -> dict[str, PerLoop]:
 
     Source: the logit lens (nostalgebraist, 2020).
     """
-    nll = per_token(trace, trace.normed, lambda logits, targets: {"nll_lens": nll_of(logits.log_softmax(-1), targets)})
-    return averaged(nll, trace.predicts)
+    return {"nll_lens": _nll_read(trace, trace.normed)}
+
+
+def finite_documents(trace: LoopTrace) -> Bool[Tensor, " document"]:
+    """Whether a document's states are finite, and the losses of its exits where there is a head.
+
+    In float16 logits may overflow where states do not.
+    """
+    if not trace.readable:
+        return trace.finite
+    return trace.finite & _nll_read(trace, trace.readout).isfinite().all(1)
 
 
 def exit_probability(trace: LoopTrace) -> PerLoop:
@@ -180,6 +189,12 @@ def per_token(
         series[name] = values.new_zeros(len(kept), *predicts.shape)
         series[name][:, predicts] = values
     return series
+
+
+def _nll_read(trace: LoopTrace, states: States) -> PerLoop:
+    """Mean NLL of the next token, read off some states."""
+    nll = per_token(trace, states, lambda logits, targets: {"nll": nll_of(logits.log_softmax(-1), targets)})
+    return over_tokens(nll["nll"], trace.predicts)
 
 
 def averaged(series: dict[str, Float[Tensor, "loop document pos"]], kept: Tensor) -> dict[str, PerLoop]:

@@ -37,7 +37,7 @@ COUNTS = {
     "window": (1, 2**31),
     "n_prelude": (0, 2**9),
     "n_coda": (0, 2**9),
-    "offset": (0, 2**31),
+    "offset": (0, 2**12),
 }
 MOST_PASSES = 2**12  # through layers, in the loops of a run as trained
 

@@ -180,7 +180,7 @@ class LoopedLM(HookedRootModule):
             raise ValueError("past goes with texts of one length: attention_mask must be all 1, or left out.")
         order = self._order(n_loops)
         seen = 0 if past is None else past.seen
-        self._check_length(seen + input_ids.shape[1])
+        self.check_length(seen + input_ids.shape[1])
         outer = self.layout  # of a run whose hook runs the model again
         self.layout = Layout.of(self.cfg, input_ids, mask, self.embed.weight.dtype, self.rope_table, seen)
         try:
@@ -225,7 +225,7 @@ class LoopedLM(HookedRootModule):
         """
         if not self.cfg.n_coda:
             raise ValueError("coda_out: this model has no coda; its head reads ln_final of the last state.")
-        self._check_length(handed.shape[1])
+        self.check_length(handed.shape[1])
         places = handed.new_zeros(handed.shape[:2], dtype=torch.long)
         layout = Layout.of(self.cfg, places, self._checked(places, attention_mask), handed.dtype, self.rope_table)
         return self._coda(handed, layout, self._silent_coda[0])
@@ -410,7 +410,7 @@ class LoopedLM(HookedRootModule):
             return self.adapter(torch.cat((shifted, start), dim=-1))
         return self.cfg.embed_scale * start + self.cfg.carry_scale * shifted
 
-    def _check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
         if self.rope_table is not None and tokens > self.cfg.n_ctx:
             raise ValueError(f"{tokens} tokens are more than this model's table of rotations has: {self.cfg.n_ctx}.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from loopdiag.errors import InputError
 from loopdiag.model.decoder import LoopedLM
 from loopdiag.model.facts import KeyValueBytes, kv_bytes
-from loopdiag.model.parallel import ParallelLoops, check_parallel
+from loopdiag.model.parallel import ParallelLoops
 from loopdiag.model.past import Past
 
 PROMPT, NEW = 512, 16  # tokens that are there (of short models half their context), and tokens that are timed
@@ -46,7 +47,8 @@ def decoding_costs(
     """Time new tokens of one text, of random tokens, for several loop counts.
 
     Each token is timed under all counts and schedules before the next, so that whatever else the machine does falls on
-    all of them alike. The times are of this machine, device, dtype and thread count.
+    all of them alike; what they keep of the text is there for all at once. The times are of this machine, device, dtype
+    and thread count.
 
     Args:
         model: The model.
@@ -98,11 +100,7 @@ def _schedules(
     past = Past()
     model(prompt, n_loops=n_loops, return_type="last", seed=seed, past=past)
     steps: dict[str, Callable[[Tensor], Tensor]] = {}
-    try:
-        check_parallel(model)
-    except InputError:
-        pass
-    else:
+    with suppress(InputError):
         steps["parallel"] = ParallelLoops(model, past, n_loops, longest).step
     steps["sequential"] = lambda ids: model(ids, n_loops=n_loops, return_type="last", seed=seed, past=past)
     return steps

@@ -40,7 +40,8 @@ def generate(
         top_p: Draw from the likeliest tokens that together have this probability.
         seed: Of the draws, and of the initial state of models that start from a random one.
         schedule: Whether a new token's loops run one after the other, or side by side in one pass
-            (`ParallelLoops`), which takes an offset; the text is the same.
+            (`ParallelLoops`), which takes an offset. The numbers are the same to rounding, and so is the text, but
+            where two tokens are nearly as likely: in half precision some are.
 
     Returns:
         The prompts and what follows.

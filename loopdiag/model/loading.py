@@ -121,6 +121,12 @@ def _device(device: str | torch.device) -> torch.device:
         raise LoadError(f"device {device!r} is not known to torch: use 'cpu', 'cuda', 'cuda:1' or 'auto'.") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"device {device!r}: torch sees no GPU here. Use 'cpu'.")
+    try:
+        torch.zeros(1, device=place).tolist()
+    except Exception as error:  # of many kinds: torch has as many as devices
+        raise LoadError(
+            f"device {device!r} does not work here ({type(error).__name__}): use 'cpu', 'cuda', 'cuda:1' or 'auto'."
+        ) from None
     return place
 
 

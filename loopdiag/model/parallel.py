@@ -30,7 +30,9 @@ class ParallelLoops:
         longest: Tokens of the longest text to come; memory for them is taken at once.
 
     Raises:
-        InputError: The model cannot be run so, see `check_parallel`, the past is of no text, or as long as `longest`.
+        InputError: The model cannot be run so, see `check_parallel`; the past is of no text, of another number of
+            loops, or as long as `longest`.
+        ValueError: `longest` is beyond the rotations that the model stores.
 
     Source: arXiv 2510.24824.
     """
@@ -41,6 +43,11 @@ class ParallelLoops:
             raise InputError("The parallel schedule goes on from a past, and this one is of no text: run the prompt.")
         if longest <= past.seen:
             raise InputError(f"longest = {longest} leaves no room after the {past.seen} tokens of the past: give more.")
+        if n_loops != past.n_loops:
+            raise InputError(
+                f"n_loops = {n_loops}, and the past is of a run with {past.n_loops}: give the same number."
+            )
+        model.check_length(longest)
         cfg = model.cfg
         self.model, self.seen, self.longest = model, past.seen, longest
         shared, later = cfg.memory == "first", range(2, n_loops + 1)
@@ -49,7 +56,9 @@ class ParallelLoops:
             _Store([past.kept((turn, layer)) for turn in remembered], longest) for layer in range(cfg.n_layers)
         ]
         self.windows = [
-            _Store([past.kept((turn, layer)) for turn in later], cfg.window, past.seen) if shared and later else None
+            _Store([past.kept((turn, layer)) for turn in later], min(cfg.window, longest), past.seen)
+            if shared and later
+            else None
             for layer in range(cfg.n_layers)
         ]
         # What loops 2.. start from, [text, loop, token, d_model], the oldest token first.

@@ -89,6 +89,11 @@ class Past:
         return self._carries[turn]
 
     @property
+    def n_loops(self) -> int | None:
+        """Loops of its runs; None before the first."""
+        return None if self._run is None else self._run[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept."""
         tensors = [*(x for pair in self._kept.values() for x in pair), *self._carries.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,17 +17,20 @@ SHARE = 0.8  # of a GPU's free memory; the rest is for states, attention and log
 Places = Mapping[str, torch.device]
 
 
-def room() -> dict[torch.device, float]:
-    """Bytes that weights may take, by device in the order in which they are filled: GPUs first, the processor last."""
-    gpus = range(torch.cuda.device_count())
-    return {
-        **{torch.device("cuda", gpu): SHARE * torch.cuda.mem_get_info(gpu)[0] for gpu in gpus},
-        torch.device("cpu"): float("inf"),
-    }
+def room() -> Iterator[tuple[torch.device, float]]:
+    """Devices in the order in which they are filled, and the bytes that weights may take: GPUs, then the processor.
+
+    A GPU is asked when its turn comes: one that is not needed is left alone.
+    """
+    for gpu in range(torch.cuda.device_count()):
+        yield torch.device("cuda", gpu), SHARE * torch.cuda.mem_get_info(gpu)[0]
+    yield torch.device("cpu"), float("inf")
 
 
-def placed(net: LoopedLM, dtype: torch.dtype, room: Mapping[torch.device, float]) -> Places:
+def placed(net: LoopedLM, dtype: torch.dtype, room: Iterable[tuple[torch.device, float]]) -> Places:
     """Where the parts of a model go: one device after the other is filled, so that what fits on one stands on it.
+
+    Devices are passed over until one has room for everything but the layers, and one layer.
 
     Args:
         net: The model; its weights may be on the meta device.
@@ -39,10 +42,13 @@ def placed(net: LoopedLM, dtype: torch.dtype, room: Mapping[torch.device, float]
         return sum(weight.numel() for weight in part.parameters()) * dtype.itemsize
 
     layers = {name: size(module) for name, module in net.named_modules() if isinstance(module, Layer)}
-    devices = iter(room.items())
+    rest = size(net) - sum(layers.values())
+    devices = iter(room)
     device, left = next(devices)
+    while left < rest + max(layers.values()) and (following := next(devices, None)) is not None:
+        device, left = following
     places = {"": device}
-    left -= size(net) - sum(layers.values())
+    left -= rest
     for name, needed in layers.items():
         while left < needed and (following := next(devices, None)) is not None:
             device, left = following
@@ -56,21 +62,30 @@ def place_of(parameter: str, places: Places) -> torch.device:
     return next((device for name, device in places.items() if name and parameter.startswith(f"{name}.")), places[""])
 
 
+def places_of(net: LoopedLM) -> Places:
+    """Where the parts of a model are."""
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, Layer)}
+    return {"": net.embed.weight.device} | {name: _device_of(layer) for name, layer in layers.items()}
+
+
 def connect(net: LoopedLM, places: Places) -> None:
     """Bring what a layer works on to its device, and the stream that it gives back; keys and values stay with it."""
-    home = places[""]
+
+    def bring(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, layout, *rest = given
+        device = _device_of(layer)  # by now: `net.to` may have moved it
+        return x.to(device), layout.to(device), *rest
+
+    def give_back(layer: nn.Module, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, kept = made
+        return x.to(net.embed.weight.device), kept
+
     for name, device in places.items():
-        if device == home:
-            continue
+        if device != places[""]:
+            layer = net.get_submodule(name)
+            layer.register_forward_pre_hook(bring)
+            layer.register_forward_hook(give_back)
 
-        def bring(layer: nn.Module, given: tuple[Any, ...], device: torch.device = device) -> tuple[Any, ...]:
-            x, layout, *rest = given
-            return x.to(device), layout.to(device), *rest
 
-        def give_back(layer: nn.Module, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, kept = made
-            return x.to(home), kept
-
-        layer = net.get_submodule(name)
-        layer.register_forward_pre_hook(bring)
-        layer.register_forward_hook(give_back)
+def _device_of(part: nn.Module) -> torch.device:
+    return next(part.parameters()).device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -49,6 +50,14 @@ def save(model: LoopedLM, folder: str | os.PathLike[str], dtype: torch.dtype | s
     if model.stop_tokens:
         keys["eos_token_id"] = list(model.stop_tokens)
     target.mkdir(parents=True, exist_ok=True)
+    if model.tokenizer is not None:
+        with TemporaryDirectory() as written:
+            model.tokenizer.save_pretrained(written)
+            for file in sorted(each for each in Path(written).rglob("*") if each.is_file()):
+                place = target / file.relative_to(written)
+                place.parent.mkdir(exist_ok=True)
+                with whole(place) as partial:
+                    partial.write_bytes(file.read_bytes())
     with whole(target / WEIGHTS) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
     if (target / "generation_config.json").exists():  # it would go before config.json, with another model's stop tokens
@@ -56,5 +65,3 @@ def save(model: LoopedLM, folder: str | os.PathLike[str], dtype: torch.dtype | s
             partial.write_text(json.dumps({"eos_token_id": list(model.stop_tokens) or None}) + "\n")
     with whole(target / "config.json") as partial:
         partial.write_text(json.dumps(keys, indent=2) + "\n")
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(target)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loopdiag.corpus import Batch, batches
 from loopdiag.model.decoder import LoopedLM
+from loopdiag.model.placement import connect, place_of, places_of
 from loopdiag.probing.reading import BothPlaces, Pair, Places, Reading
 from loopdiag.scores import ScoresError
 
@@ -136,9 +137,13 @@ def _batches(readings: Sequence[Reading], at: Places, size: int) -> Iterator[tup
 
 
 def untrained(model: LoopedLM, seed: int) -> LoopedLM:
-    """A model of the same configuration with fresh random weights, on the same device and in the same dtype."""
-    weight = model.embed.weight
+    """A model of the same configuration with fresh random weights, on the same devices and in the same dtype."""
+    places = places_of(model)
     fresh = LoopedLM(model.cfg)
     fresh.init_weights(seed)
+    fresh.to(model.embed.weight.dtype)
+    state = {name: value.to(place_of(name, places)) for name, value in fresh.state_dict().items()}
+    fresh.load_state_dict(state, assign=True)
+    connect(fresh, places)
     fresh.ensure_loops(len(model.loops))
-    return fresh.to(device=weight.device, dtype=weight.dtype).eval().requires_grad_(False)
+    return fresh.eval().requires_grad_(False)
