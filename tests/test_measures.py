@@ -21,6 +21,7 @@ from test_decoder import make_model
 from tiny import VOCABULARY, assert_all_same, assert_same, padded, random_trace, token_lists, trace_of
 
 from loopdiag.measures import DEFINITIONS, GROUPS, rarefied, take
+from loopdiag.measures import offset as offset_module
 from loopdiag.measures.attention import gate_by_position, gate_mean, octaves
 from loopdiag.measures.diversity import PooledRank, document_rank, effective_rank, participation_ratio
 from loopdiag.measures.exit_rules import state_series, trade_off
@@ -466,8 +467,10 @@ def test_motion_against_scipy(of):
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
-def test_offset_against_scipy(offset):
-    """On Z of the loop before. Measured: 1e-15."""
+@pytest.mark.parametrize("together", [4, 6, 4096])
+def test_offset_against_scipy(monkeypatch, offset, together):
+    """On Z of the loop before, whatever the number of pairs at a time. Measured: 1e-15."""
+    monkeypatch.setattr(offset_module, "PAIRED", together)
     trace = random_trace(offset=offset)
     z, lag = trace.carry.numpy(), max(1, offset)
     pairs = np.zeros(trace.mask.shape, dtype=bool)

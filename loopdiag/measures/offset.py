@@ -6,6 +6,9 @@ with and without it can be compared.
 
 from __future__ import annotations
 
+import math
+from itertools import combinations
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +17,8 @@ from loopdiag.measures.reduce import at_least_float32, over_tokens, undefined
 from loopdiag.trace import LoopTrace
 
 PerLoop = Float[Tensor, "document loop"]
+
+PAIRED = 4096  # tokens whose distances, half as many as their number squared, exist at a time
 
 
 def omega(trace: LoopTrace) -> PerLoop:
@@ -43,9 +48,21 @@ def omega_random(trace: LoopTrace) -> PerLoop:
     distances = torch.full((len(trace.mask), len(trace.raw)), float("nan"), dtype=z.dtype, device=z.device)
     for document, real in enumerate(trace.mask):
         for loop, states in enumerate(z[:, document, real], start=2):
-            # Of the direct form: the matrix-product form loses the distances of nearly equal states.
-            distances[document, loop] = torch.pdist(states).mean()
+            distances[document, loop] = _mean_distance(states)
     return distances
+
+
+def _mean_distance(states: Float[Tensor, "token d_model"]) -> Tensor:
+    """Mean distance of all pairs, with room for those of `PAIRED` tokens; NaN of one token."""
+    # Of the direct form: the matrix-product form loses the distances of nearly equal states.
+    if len(states) <= PAIRED:
+        return torch.pdist(states).mean()
+    # Every two blocks together: in these sums, pairs within a block are counted with each of the other blocks.
+    blocks = states.split(PAIRED // 2)
+    within = torch.stack([torch.pdist(block).sum(dtype=torch.float64) for block in blocks]).sum()
+    of_two = [torch.pdist(torch.cat(two)).sum(dtype=torch.float64) for two in combinations(blocks, 2)]
+    total = torch.stack(of_two).sum() - (len(blocks) - 2) * within
+    return total / math.comb(len(states), 2)
 
 
 def _neighbours(trace: LoopTrace) -> tuple[Tensor, Tensor, Tensor]:
