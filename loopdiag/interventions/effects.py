@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -277,13 +278,13 @@ def intervene(
         untouched = None
         for name, make in runs:
             try:
-                with make(model), _watched(model, mask) as finite:
+                with make(model), _watched(model, mask) as stays:
                     nll = _token_nll(model(ids, mask, n_loops=n_loops, seed=seed), ids, predicts)
             except ValueError:
                 raise
             except Exception as error:
                 raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
-            nll = nll.masked_fill(~finite[:, None], float("nan"))
+            nll = nll.masked_fill(~stays[:, None], float("nan"))
             if untouched is None:
                 untouched, values = nll, {"nll": nll}
             else:
@@ -294,9 +295,12 @@ def intervene(
             done += len(ids)
             tell("intervening", done, len(runs) * len(documents))
 
-    data = _dataset(parts, chosen, documents)
-    throughout = _finite_throughout(data)
-    kept = [document for document, is_finite in zip(documents, throughout, strict=True) if is_finite]
+    found = {"nll": np.concatenate(parts.pop("nll"))}
+    for name, taken in parts.items():  # of each batch, one intervention after the other
+        found[name] = np.stack([np.concatenate(taken[row :: len(chosen)]) for row in range(len(chosen))])
+    finite = _finite_throughout(found["nll"], found["effect"], chosen)
+    found = {name: of_all.compress(finite, axis=-1) for name, of_all in found.items()}
+    kept, lost = list(compress(documents, finite)), compress(documents, ~finite)
     provenance = {
         "schema": SCHEMA,
         "model": model.source,
@@ -310,14 +314,14 @@ def intervene(
         "sources": len({document.source for document in kept}),
         "documents_cut": sum(document.cut for document in kept),
         "documents_too_short": len(corpus.report) - len(documents),
-        "documents_not_finite": data["document"].values[~throughout].tolist(),
+        "documents_not_finite": [document.name for document in lost],
         "tokens": sum(len(document.input_ids) - 1 for document in kept),
         "max_tokens": max_tokens,
         "seed": seed,
         "batch_size": batch_size,
         **about_machine(),
     }
-    return Effects(data.isel(document=throughout).assign_attrs(provenance=json.dumps(provenance, sort_keys=True)))
+    return Effects(_dataset(found, chosen, kept, provenance))
 
 
 def _chosen(
@@ -379,14 +383,17 @@ def _token_nll(logits: Tensor, ids: Tensor, predicts: Tensor) -> Float[Tensor, "
     return torch.stack(nll).double().masked_fill(~predicts, 0)
 
 
-def _finite_throughout(data: xr.Dataset) -> Bool[np.ndarray, " document"]:
+def _finite_throughout(
+    nll: Float[np.ndarray, " document"],
+    effect: Float[np.ndarray, "intervention document"],
+    chosen: Sequence[Intervention],
+) -> Bool[np.ndarray, " document"]:
     """Documents whose numbers are finite in every run: intervals are paired, so all are over the same documents."""
-    untouched = np.isfinite(data["nll"].values)
-    changed = np.isfinite(data["effect"].values)
+    untouched, changed = np.isfinite(nll), np.isfinite(effect)
     finite = untouched & changed.all(0)
     if not finite.any():
-        names = data["intervention"].values[~changed[:, untouched].any(1)]
-        at = f"with {', '.join(names)}" if untouched.any() and len(names) else "in every run"
+        lost = [each.name for each, is_finite in zip(chosen, changed, strict=True) if not is_finite[untouched].any()]
+        at = f"with {', '.join(lost)}" if untouched.any() and lost else "in every run"
         raise FloatingPointError(
             f"None of the {len(finite)} documents gave finite numbers {at}: run in a dtype of wider range (bfloat16 or "
             "float32, not float16), with fewer loops, or without that intervention."
@@ -395,7 +402,10 @@ def _finite_throughout(data: xr.Dataset) -> Bool[np.ndarray, " document"]:
 
 
 def _dataset(
-    parts: dict[str, list[np.ndarray]], chosen: Sequence[Intervention], documents: Sequence[TokenDocument]
+    found: dict[str, np.ndarray],
+    chosen: Sequence[Intervention],
+    documents: Sequence[TokenDocument],
+    provenance: dict[str, Any],
 ) -> xr.Dataset:
     about = {
         "nll": "negative log likelihood of the next token, without an intervention",
@@ -403,16 +413,12 @@ def _dataset(
         "helped": "NLL that the intervention takes off the tokens it helps",
         "harmed": "NLL that the intervention adds to the tokens it harms",
     }
-    variables: dict[str, Any] = {}
-    for name, long_name in about.items():
-        attributes = {"units": "nats per token", "long_name": long_name}
-        if name == "nll":
-            variables[name] = ("document", np.concatenate(parts[name]), attributes)
-        else:
-            rows = [np.concatenate(parts[name][row :: len(chosen)]) for row in range(len(chosen))]
-            variables[name] = (("intervention", "document"), np.stack(rows), attributes)
+    both = ("intervention", "document")
     return xr.Dataset(
-        variables,
+        {
+            name: (both[-values.ndim :], values, {"units": "nats per token", "long_name": about[name]})
+            for name, values in found.items()
+        },
         coords={
             "intervention": [intervention.name for intervention in chosen],
             "group": ("intervention", [intervention.group for intervention in chosen]),
@@ -421,4 +427,5 @@ def _dataset(
             "document": [document.name for document in documents],
             "source": ("document", [document.source for document in documents]),
         },
+        attrs={"provenance": json.dumps(provenance, sort_keys=True)},
     )
