@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -77,10 +78,10 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}.")
 
 
-def in_fresh_process(script: str, *arguments: str) -> Any:
+def in_fresh_process(script: str, *arguments: str, **environment: str) -> Any:
     """What a script prints as JSON when it is started anew: memory that was held before is not counted."""
-    command = [sys.executable, script, *arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command, settings = [sys.executable, script, *arguments], os.environ | environment
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=settings).stdout)
 
 
 def measure(folder: str, dtype: str) -> dict[str, int]:
