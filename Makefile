@@ -17,7 +17,7 @@ demo: $(BASE)  ## answer the question on the bundled model and documents
 # On busy cores a second thread makes models as small as these several times slower: a process for each core instead.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TESTS := --numprocesses auto --dist loadfile tests
-NOTEBOOKS := --nbmake --nbmake-timeout=180
+NOTEBOOKS := --nbmake --nbmake-timeout=180 --numprocesses auto
 FIRST := notebooks/01_first_look.ipynb
 
 test: $(DEV)  ## the fast tests, and the first notebook
