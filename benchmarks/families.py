@@ -60,6 +60,8 @@ class Family:
         tokens: Training tokens of each.
         batch_size: Sequences of a batch; about 1,600 updates when None.
         memories, seeds: Of the grid.
+        searched: Share of the tokens that models are trained for to choose learning rates. Of a task, too few of them
+            compare models that have not begun to solve it.
     """
 
     name: str
@@ -70,17 +72,18 @@ class Family:
     batch_size: int | None = None
     memories: tuple[Memory, ...] = ("first",)
     seeds: int = 1
+    searched: float = 0.25
 
 
 FAMILIES = (
     Family("code", "choose", "bundled", "tiny", 3_276_800, memories=("first", "own"), seeds=3),
-    Family("code-narrow", "choose", "bundled", NARROW, 3_276_800),
-    Family("p_hop", "choose", "p_hop", NARROW, 1_500_000, batch_size=16, memories=("first", "own")),
-    Family("addition", "unseen", "addition", NARROW, 3_000_000, batch_size=16),
+    Family("code-narrow", "choose", "bundled", NARROW, 3_276_800, seeds=3),
+    Family("p_hop", "choose", "p_hop", NARROW, 1_500_000, 16, ("first", "own"), seeds=3),
+    Family("addition", "unseen", "addition", NARROW, 3_000_000, 16, seeds=3, searched=0.5),
     Family("docstrings", "unseen", "docstrings", "tiny", 3_276_800),
-    Family("permutations", "unseen", "permutations", NARROW, 3_000_000, batch_size=16, memories=("first", "own")),
-    Family("brackets", "unseen", "brackets", NARROW, 1_500_000, batch_size=16),
-    Family("unigram", "unseen", "unigram", NARROW, 1_000_000, batch_size=16),
+    Family("permutations", "unseen", "permutations", NARROW, 3_000_000, 16, ("first", "own"), seeds=3, searched=0.5),
+    Family("brackets", "unseen", "brackets", NARROW, 1_500_000, 16, seeds=3, searched=0.5),
+    Family("unigram", "unseen", "unigram", NARROW, 1_000_000, 16, seeds=3, searched=0.5),
 )
 
 
@@ -134,6 +137,7 @@ def train(family: Family) -> None:
         tokens=family.tokens,
         size=family.size,
         rates=RATES,
+        search_tokens=int(family.searched * family.tokens),
         batch_size=family.batch_size,
         measures=("prediction", "readouts", "motion", "diversity", "offset", "attention"),
         compiled=True,
