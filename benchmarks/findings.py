@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import xarray as xr
@@ -26,7 +27,7 @@ from backtest import (
     why_no_interval,
 )
 from families import FAMILIES, LOOPS, SWEEPS
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from loopdiag import plots
 from loopdiag.bootstrap import interval, resampled_means, student_interval
@@ -38,14 +39,15 @@ from loopdiag.gaincost.measured import CLAIM
 from loopdiag.gaincost.rule import FEWEST_SOURCES, PRICE
 from loopdiag.gaincost.scaling import exponent_of
 from loopdiag.losses import SweepLosses
+from loopdiag.sweep.tasks import TASKS
 
 ROOT = SWEEPS.parents[1]
 PAGE, FIGURES = ROOT / "docs" / "findings.md", ROOT / "figures" / "sweeps"
-DRAWS = 2000
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the training tokens
 FEWEST_RANKED = 3  # models; a rank correlation of two is 1 or -1 whatever they are
 SIZES = ("code", "code-narrow")  # of one text and budget
 COUNTS = ", ".join(map(str, LOOPS))
+CHANGES = list(combinations(LOOPS[1:], 2))  # of a tax
 # Numbers of one checkpoint that might track the tax: measure, and which loops.
 TRACKERS = {
     "cost of the last loop": ("cost", "last"),
@@ -55,6 +57,7 @@ TRACKERS = {
     "Omega before the last loop": ("omega", "last"),
     "Omega over the carry's norm": ("omega_relative", "last"),
 }
+PLACEBO = "the loop count alone"  # measures nothing: whatever grows with loops tracks as well
 
 
 @dataclass(frozen=True)
@@ -160,32 +163,32 @@ def of_the_tax(sweeps: dict[str, SweepLosses]) -> str:
     for name, memory, data in by_memory(sweeps):
         tax, seeds = tax_of(data), data.sizes["seed"]
         taxes = [spread(tax.sel(loops=count)) for count in LOOPS[1:]]
-        change = spread(tax.sel(loops=LOOPS[-1]) - tax.sel(loops=LOOPS[1]))
+        changes = [spread(tax.sel(loops=more) - tax.sel(loops=fewer)) for fewer, more in CHANGES]
         if seeds >= CLAIM:
             signs += [each.sign for each in taxes]
-            moved.append(change.sign)
+            moved.append([each.sign for each in changes])
         else:
             left_out += 1
-        rows.append((name, memory, trainings(seeds), *map(str, taxes), str(change)))
+        rows.append((name, memory, trainings(seeds), *map(str, taxes), *map(str, changes)))
     if not rows:
         return "No sweep has all models of a seed yet."
-    changes = f"tax({LOOPS[-1]}) - tax({LOOPS[1]})"
     said = [
         "The tax of a loop count is the loss of the model that was trained with the offset less that of the model "
         "trained without; below 0 the offset helps.",
         claimed(len(moved), left_out),
     ]
     if moved:
-        told = len(moved) - moved.count(0)
+        told = sum(any(changes) for changes in moved)
         said += [
             f"Of their {len(signs)} taxes {signs.count(1)} are above 0, {signs.count(-1)} below, and {signs.count(0)} "
-            "cannot be told from it.",
-            f"The change {changes} is told from 0 in {told} of {rows_of(len(moved))} (above 0 in {moved.count(1)}, "
-            f"below in {moved.count(-1)}): "
-            + (f"there the tax is not the same at {LOOPS[1]} and {LOOPS[-1]} loops." if told else "")
-            + ("a constant tax is not ruled out." if not told else ""),
+            "cannot be told from it (intervals one by one).",
+            f"A change of the tax between two loop counts is told from 0 in {told} of {rows_of(len(moved))}: "
+            + ("there the tax is not constant." if told else "a constant tax is not ruled out."),
         ]
-    heading = ("trained on", "memory", "from", *(f"tax({count})" for count in LOOPS[1:]), changes)
+    heading = (
+        *("trained on", "memory", "from", *(f"tax({count})" for count in LOOPS[1:])),
+        *(f"tax({more}) - tax({fewer})" for fewer, more in CHANGES),
+    )
     return f"{' '.join(said)}\n\n{table(heading, rows)}\n\n### Over training\n\n{of_the_tax_over_training(sweeps)}"
 
 
@@ -217,44 +220,54 @@ def of_the_tax_over_training(sweeps: dict[str, SweepLosses]) -> str:
 
 def of_the_best(sweeps: dict[str, SweepLosses]) -> str:
     """Question 2."""
-    rows, moves, few, open_ = [], [], 0, 0
+    rows, moves, few = [], [], 0
     for name, memory, data in by_memory(sweeps):
-        losses = SweepLosses(data.expand_dims("memory"))
-        on, off = (recommend_training(losses, PRICE, offset=each, memory=memory) for each in (1, 0))
-        if on.seeds < CLAIM:
-            few += 1
-        elif on.recommended_loops is None or off.recommended_loops is None:
-            open_ += 1
+        nll = {offset: data["nll"].sel(offset=offset).astype(float) for offset in (1, 0)}
+        losses = {offset: each.mean(("seed", "document")) for offset, each in nll.items()}
+        on, off = (LOOPS[int(losses[offset].argmin("loops"))] for offset in (1, 0))
+        # What each wiring loses where it is trained with the other one's best count.
+        lost = [
+            spread(nll[1].sel(loops=off) - nll[1].sel(loops=on)),
+            spread(nll[0].sel(loops=on) - nll[0].sel(loops=off)),
+        ]
+        if data.sizes["seed"] >= CLAIM:
+            moves.append((on, off, all(each.sign > 0 for each in lost)))
         else:
-            moves.append((on.recommended_loops, off.recommended_loops))
-        cells = []
-        for answer in (on, off):
-            cells.append(" / ".join(f"{value:.3f}" for value in answer.nll.mean))
+            few += 1
+        whole_sweep = SweepLosses(data.expand_dims("memory"))
+        picks = []
+        for offset in (1, 0):
+            answer = recommend_training(whole_sweep, PRICE, offset=offset, memory=memory)
             doubt = "" if answer.recommended_loops else ", undetermined"
-            cells.append(f"{answer.pick} ({answer.support[answer.pick]:.0%}{doubt})")
-        rows.append((name, memory, trainings(on.seeds), *cells))
+            picks.append(f"{answer.pick} ({answer.support[answer.pick]:.0%}{doubt})")
+        told = [" / ".join(f"{value:.3f}" for value in losses[offset].values) for offset in (1, 0)]
+        apart = [str(each) if on != off else "-" for each in lost]
+        rows.append((name, memory, trainings(data.sizes["seed"]), *told, str(on), str(off), *apart, *picks))
     if not rows:
         return "No sweep has all models of a seed yet."
     said = [
-        f"The best loop count by held-out loss, at a price of {PRICE:g} nats per token for each loop beyond the first. "
-        "In brackets the share of redrawn documents and trainings that give the same answer, and whether the data "
-        "leave it undetermined."
+        "The best loop count is that of least held-out loss. Where it differs, the offset moves it for certain only if "
+        "each wiring loses something with the other one's best count.",
+        claimed(len(moves), few),
     ]
     if moves:
-        more, fewer = sum(off > on for on, off in moves), sum(off < on for on, off in moves)
+        differing = [move for move in moves if move[0] != move[1]]
+        sure = [move for move in differing if move[2]]
         said.append(
-            f"Of {rows_of(len(moves))} with {CLAIM} trainings and both answers determined, taking the offset away "
-            f"makes the best loop count higher in {more}, lower in {fewer}, and leaves it in "
-            f"{len(moves) - more - fewer}."
+            f"Of these the best count is the same with the offset and without in {len(moves) - len(differing)}, and "
+            f"differs in {len(differing)}, of which {len(sure)} can be told: without the offset it is higher in "
+            f"{sum(off > on for on, off, _ in sure)}, lower in {sum(off < on for on, off, _ in sure)}."
         )
-    else:
-        said.append(f"Nothing is claimed yet: no row has {CLAIM} trainings and both answers determined.")
-    left_out = [f"{rows_of(few)} of fewer trainings"] if few else []
-    left_out += [f"{rows_of(open_)} with an answer that is undetermined"] if open_ else []
-    if left_out:
-        said.append(f"Not counted: {' and '.join(left_out)}.")
-    with_, without = f"loss with offset ({COUNTS} loops)", f"loss without ({COUNTS} loops)"
-    heading = ("trained on", "memory", "from", with_, "best with", without, "best without")
+    said.append(
+        f"Recommended is what `loopdiag recommend` says at a price of {PRICE:g} nats per token for each loop beyond "
+        "the first, with the share of redrawn documents and trainings that give the same answer: it takes fewer loops "
+        "where more cannot be told to be worth their price."
+    )
+    heading = (
+        *("trained on", "memory", "from", f"loss with offset ({COUNTS} loops)", f"loss without ({COUNTS} loops)"),
+        *("best with", "best without", "lost with the offset at the other's best", "lost without"),
+        *("recommended with", "recommended without"),
+    )
     return f"{' '.join(said)}\n\n{table(heading, rows)}"
 
 
@@ -263,13 +276,14 @@ class Tracked:
     """Models with the offset, whose measured tax a number of each might track.
 
     Attributes:
-        sweep, data, loops: Of each model: sweep, what it was trained on, loop count.
+        sweep, data, memory, loops: Of each model: sweep, what it was trained on, memory, loop count.
         tax: Measured.
         numbers: By tracker, NaN where it was not measured.
     """
 
     sweep: list[str]
     data: list[str]
+    memory: list[str]
     loops: list[int]
     tax: list[float]
     numbers: dict[str, list[float]]
@@ -277,7 +291,7 @@ class Tracked:
 
 def tracked(sweeps: dict[str, SweepLosses]) -> Tracked:
     """Every model with the offset that has a diagnosis, and a twin without."""
-    found = Tracked([], [], [], [], {name: [] for name in TRACKERS})
+    found = Tracked([], [], [], [], [], {name: [] for name in (*TRACKERS, PLACEBO)})
     on_what = {family.name: family.data for family in FAMILIES}
     for name, losses in sweeps.items():
         data = losses.data
@@ -294,8 +308,10 @@ def tracked(sweeps: dict[str, SweepLosses]) -> Tracked:
                     measured = Diagnosis.load(file).data
                     found.sweep.append(name)
                     found.data.append(on_what[name])
+                    found.memory.append(memory)
                     found.loops.append(int(loops))
                     found.tax.append(value)
+                    found.numbers[PLACEBO].append(float(loops))
                     for tracker, (measure, which) in TRACKERS.items():
                         found.numbers[tracker].append(_number(measured, measure, which))
     return found
@@ -311,112 +327,90 @@ def _number(measured: xr.Dataset, measure: str, which: str) -> float:
 
 
 @dataclass(frozen=True)
-class Within:
-    """A rank correlation within sweeps, and where there are enough models, within their loop counts.
+class Correlated:
+    """A rank correlation within groups of models.
 
     Attributes:
-        mean: Over data sets, of the means of their sweeps.
-        low, high: 95 %, over data sets and the models in them.
-        sweeps: Of each sweep, with how many models.
+        mean: Over data sets, of the means of their groups.
+        low, high: 95 %, t over data sets; NaN where they are too few to tell.
+        groups: How many.
         data_sets: How many.
     """
 
     mean: float
     low: float
     high: float
-    sweeps: dict[str, tuple[float, int]]
+    groups: int
     data_sets: int
 
     @property
     def clear(self) -> bool:
-        """Told from 0, over enough data sets to say so."""
-        return self.data_sets >= FEWEST_SOURCES and (self.low > 0 or self.high < 0)
+        """Told from 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        between = "" if np.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})"
+        return f"{self.mean:+.2f}{between}, {self.groups} of {self.data_sets}"
 
 
-def within(found: Tracked, tracker: str) -> Within | None:
-    """The rank correlation of a number of one checkpoint with its measured tax; None where too few models have both."""
+def correlated(found: Tracked, tracker: str, *, same_loops: bool) -> Correlated | None:
+    """The rank correlation of a number of one checkpoint with its measured tax, among the models of a sweep and memory.
+
+    Args:
+        found: The models.
+        tracker: The number.
+        same_loops: Among models of the same loop count, which differ in their seed alone.
+
+    Returns:
+        None where no group has enough models with both.
+    """
     x, y = np.array(found.numbers[tracker]), np.array(found.tax)
-    sweeps, loops, random = np.array(found.sweep), np.array(found.loops), np.random.default_rng(0)
-    of_sweep: dict[str, tuple[float, int]] = {}
-    of_data: dict[str, list[np.ndarray]] = {}  # of the models themselves first, then of resamples of them
-    for name, data in dict(zip(found.sweep, found.data, strict=True)).items():
-        there = (sweeps == name) & np.isfinite(x)
-        groups = [np.flatnonzero(there & (loops == count)) for count in sorted(set(found.loops))]
-        groups = [group for group in groups if len(group) >= FEWEST_RANKED] or [np.flatnonzero(there)]
-        if len(groups[0]) < FEWEST_RANKED:
-            continue
-        of_groups = []
-        for group in groups:
-            places = np.vstack((group, random.choice(group, (DRAWS, len(group)))))
-            of_groups.append(_rank_correlations(x[places], y[places]))
-        values = _nanmean(np.array(of_groups))
-        if np.isfinite(values[0]):
-            of_sweep[name] = (float(values[0]), sum(map(len, groups)))
-            of_data.setdefault(data, []).append(values)
-    if not of_sweep:
+    keys = list(zip(found.sweep, found.memory, found.loops if same_loops else [0] * len(x), strict=True))
+    of_data: dict[str, list[float]] = {}
+    for key, data in dict(zip(keys, found.data, strict=True)).items():
+        group = [place for place, other in enumerate(keys) if other == key and np.isfinite(x[place])]
+        if len(group) >= FEWEST_RANKED and len({*x[group]}) > 1 and len({*y[group]}) > 1:
+            of_data.setdefault(data, []).append(float(spearmanr(x[group], y[group]).statistic))
+    if not of_data:
         return None
-    means = np.array([_nanmean(np.array(values)) for values in of_data.values()])  # [data set, draw]
-    picks = random.multinomial(len(means), np.full(len(means), 1 / len(means)), DRAWS).T
-    there = np.isfinite(means[:, 1:])
-    weights = (picks * there).sum(0)
-    draws = (picks * np.where(there, means[:, 1:], 0)).sum(0)[weights > 0] / weights[weights > 0]
-    low, high = interval(draws) if len(draws) else (np.nan, np.nan)
-    return Within(float(means[:, 0].mean()), float(low), float(high), of_sweep, len(of_data))
-
-
-def _rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's, of each row; NaN where one of both is constant."""
-    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (rankdata(x, axis=1), rankdata(y, axis=1)))
-    norm = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    return np.where(norm > 0, (x * y).sum(1) / np.where(norm > 0, norm, 1), np.nan)
-
-
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Over rows; NaN where all are."""
-    there = np.isfinite(values)
-    count = there.sum(0)
-    return np.where(count > 0, np.where(there, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+    means = np.array([np.mean(values) for values in of_data.values()])
+    low, high = student_interval(means) if len(means) >= FEWEST_SOURCES else (np.nan, np.nan)
+    return Correlated(float(means.mean()), float(low), float(high), sum(map(len, of_data.values())), len(means))
 
 
 def of_the_trackers(sweeps: dict[str, SweepLosses]) -> str:
     """Question 3."""
     models = tracked(sweeps)
-    found = {tracker: correlated for tracker in TRACKERS if (correlated := within(models, tracker))}
-    if not found:
+    over_all = {name: correlated(models, name, same_loops=False) for name in models.numbers}
+    alike = {name: correlated(models, name, same_loops=True) for name in models.numbers}
+    rows = [
+        (name, str(over_all[name] or "-"), str(alike[name] or "-"))
+        for name in models.numbers
+        if over_all[name] or alike[name]
+    ]
+    if not rows:
         return f"No sweep has {FEWEST_RANKED} models with the offset, their diagnoses and their twins without it yet."
-    names = list(dict.fromkeys(name for each in found.values() for name in each.sweeps))
-    data_sets = max(each.data_sets for each in found.values())
-    clear = [tracker for tracker, each in found.items() if each.clear]
+    clear = [name for name, each in alike.items() if each and each.clear]
+    data_sets = max((each.data_sets for each in alike.values() if each), default=0)
     said = (
-        "Rank correlation of a number of one checkpoint, trained with the offset, with its measured tax: within each "
-        f"sweep, among models of the same loop count where {FEWEST_RANKED} or more have one, else among all its "
-        "models; then the mean over data sets. Intervals redraw data sets, and the models in them. "
+        "Rank correlation of a number of one checkpoint, trained with the offset, with its measured tax, over the "
+        "models of a sweep and memory: all of them, and those of the same loop count, which differ in their seed "
+        f"alone. Means over data sets; behind them how many groups, of how many data sets. Over all models {PLACEBO} "
+        "may track, too, so only a number that tracks among models of the same count says something of the tax "
+        "itself. "
     )
     if data_sets < FEWEST_SOURCES:
-        said += f"Nothing is claimed: data sets are {data_sets}, fewer than {FEWEST_SOURCES}, and the intervals rough."
+        said += f"Nothing is claimed: data sets are {data_sets}, fewer than {FEWEST_SOURCES}."
     else:
-        said += f"Told from 0, over {data_sets} data sets: {', '.join(clear) or 'none of them'}."
-    rows = [
-        (
-            tracker,
-            f"{each.mean:+.2f} ({each.low:+.2f} to {each.high:+.2f})",
-            str(sum(count for _, count in each.sweeps.values())),
-            *(
-                f"{each.sweeps[name][0]:+.2f} ({each.sweeps[name][1]})" if name in each.sweeps else "-"
-                for name in names
-            ),
-        )
-        for tracker, each in found.items()
-    ]
-    heading = ("number of one checkpoint", "mean (95 %)", "models", *(f"{name} (models)" for name in names))
-    return f"{said}\n\n{table(heading, rows)}"
+        said += f"Told from 0 there, over {data_sets} data sets: {', '.join(clear) or 'none of them'}."
+    return f"{said}\n\n{table(('number of one checkpoint', 'all models', 'same loop count'), rows)}"
 
 
 def of_the_limits(sweeps: dict[str, SweepLosses]) -> str:
     """Question 4."""
     rows, signs, left_out = [], [], 0
     for name, _, data in by_memory(sweeps, ("first", "own")):
-        later = data["nll"].sel(loops=LOOPS[1]) - data["nll"].sel(loops=LOOPS[-1])
+        later = data["nll"].sel(loops=LOOPS[0]) - data["nll"].sel(loops=LOOPS[-1])
         cells = {
             (memory, offset): later.sel(memory=memory, offset=offset)
             for memory in ("first", "own")
@@ -434,9 +428,9 @@ def of_the_limits(sweeps: dict[str, SweepLosses]) -> str:
     if not rows:
         return "No sweep with both memories has all models of a seed yet."
     said = [
-        f"What loops {LOOPS[2]} to {LOOPS[-1]} bring beyond loop {LOOPS[1]}, L({LOOPS[1]}) - L({LOOPS[-1]}), for each "
-        "wiring, and how much more they bring when the offset is taken away, or when each loop has keys and values of "
-        "its own instead of the first loop's.",
+        f"What loops {LOOPS[1]} to {LOOPS[-1]} bring, L({LOOPS[0]}) - L({LOOPS[-1]}), for each wiring, and how much "
+        "more they bring when the offset is taken away, or when each loop has keys and values of its own instead of "
+        "the first loop's. The model with one loop is the same in all of them.",
         claimed(len(signs), left_out),
     ]
     if signs:
@@ -528,26 +522,37 @@ def of_the_training(sweeps: dict[str, SweepLosses]) -> str:
     for name, losses in sweeps.items():
         data = losses.data
         rates = " / ".join("-" if np.isnan(rate) else f"{rate:g}" for rate in data["learning_rate"].values)
-        used.append((name, f"{losses.provenance['recipe']['tokens']:,}", rates))
+        task = TASKS.get(losses.provenance["data"])
+        least = f"{float(data['nll'].mean('document', skipna=False).min()):.3f}"
+        floor = f"{task.floor:.3f}" if task else "-"
+        used.append((name, f"{losses.provenance['recipe']['tokens']:,}", rates, least, floor))
         if "search_nll" in data:
             nll = data["search_nll"].transpose("rate", "loops", ...).values
+            there = (
+                data["search_nll"].sel(loops=list(LOOPS[1:])).notnull().any(("rate", "loops"))
+            )  # one is in all wirings
+            wirings = f"{int(there.sum())} of {there.size}"
+            tokens = f"{losses.provenance['search_tokens']:,}"
             for rate, row in zip(data["rate"].values, nll.reshape(*nll.shape[:2], -1), strict=True):
                 # The mean over wirings, of which those that diverged make it infinite.
                 means = [each[~np.isnan(each)].mean() if not np.isnan(each).all() else np.nan for each in row]
                 told = ["-" if np.isnan(mean) else f"{mean:.3f}" if np.isfinite(mean) else "diverged" for mean in means]
-                searched.append((name, f"{rate:g}", " / ".join(told)))
+                searched.append((name, tokens, wirings, f"{rate:g}", " / ".join(told)))
     if not used:
         return "No sweep is trained yet."
     parts = [
-        "One peak learning rate serves all offsets and memories of a loop count, so that no difference between them is "
-        "one of rates.",
-        table(("trained on", "tokens of each model", f"rate ({COUNTS} loops)"), used),
+        "One peak learning rate serves all offsets and memories of a loop count. It may suit one of them better: a "
+        "tax is that at this rate, not at the best rate of each.",
+        table(
+            ("trained on", "tokens of each model", f"rate ({COUNTS} loops)", "least loss of a model", "possible"), used
+        ),
     ]
     if searched:
-        heading = ("trained on", "rate", f"loss ({COUNTS} loops)")
+        heading = ("trained on", "tokens", "wirings", "rate", f"loss ({COUNTS} loops)")
         parts += [
             "Rates were chosen by short trainings at each, on documents other than those that the losses above are of. "
-            "What they lost, as means over offsets and memories:",
+            "Where the chosen rate is the first or last of those tried, a better one may lie beyond; and a rate that "
+            "is best early need not be best at the full budget. What they lost, means over the wirings searched:",
             table(heading, searched),
         ]
     return "\n\n".join(parts)
@@ -566,8 +571,9 @@ def page() -> str:
         "of the `first` loop, shared, or their `own`). `python benchmarks/families.py` trains them, `make findings` "
         "writes this page from what they measured; no number or verdict is typed in.",
         "L is held-out loss, in nats per token; L(2) is that of models trained with two loops. Brackets hold 95 % "
-        f"intervals: over trainings (t) in rows of {CLAIM} trainings or more, else over documents (bootstrap), which "
-        f"leaves out what another training would give. Verdicts count rows of {CLAIM} trainings or more.",
+        f"intervals: over trainings (t) in rows of {CLAIM} trainings or more, for these documents; else over "
+        "documents (bootstrap), which leaves out what another training would give. Verdicts count rows of "
+        f"{CLAIM} trainings or more; those of one text are not independent of each other.",
         f"**Not trained yet**: {', '.join(missing)}." if missing else "All sweeps that are shown are complete.",
     ]
     if held_back:
@@ -576,6 +582,10 @@ def page() -> str:
     parts.append("## 1. Is there an offset tax, how large, and is it constant?\n\n" + of_the_tax(sweeps))
     if "code" in sweeps:
         parts.append("![Losses and taxes over training](../figures/sweeps/code/losses_over_training.png)")
+    parts += [
+        f"![Gain, rise of the tax and net of each loop: {name}](../figures/sweeps/{name}/measured_gain_cost.png)"
+        for name in sweeps
+    ]
     parts += [
         "## 2. Does taking the offset away move the best loop count?\n\n" + of_the_best(sweeps),
         "## 3. Which number of one checkpoint tracks the tax?\n\n" + of_the_trackers(sweeps),

@@ -7,6 +7,7 @@ import backtest
 import findings
 import numpy as np
 import pytest
+import scipy.stats
 import xarray as xr
 from families import Family
 from planted import diagnosis_of
@@ -62,12 +63,12 @@ def test_a_clear_tax_of_three_seeds():
     """All three taxes, and their rise, are counted."""
     said = findings.of_the_tax({"code": sweep()})
     assert "Counted: 1 row with 3 trainings of each model or more." in said
-    assert "Of their 3 taxes 3 are above 0, 0 below, and 0 cannot be told from it." in said
-    assert "The change tax(4) - tax(2) is told from 0 in 1 of 1 row (above 0 in 1, below in 0): there the tax" in said
+    assert "Of their 3 taxes 3 are above 0, 0 below, and 0 cannot be told from it (" in said
+    assert "A change of the tax between two loop counts is told from 0 in 1 of 1 row: there the tax is not" in said
     assert "fewer trainings" not in said
     _, _, row = cells(said.partition("###")[0])
     assert row[:3] == ["code", "first", "3 trainings"]
-    assert [float(cell.split()[0]) for cell in row[3:]] == pytest.approx([0.1, 0.2, 0.3, 0.2], abs=0.01)
+    assert [float(cell.split()[0]) for cell in row[3:]] == pytest.approx([0.1, 0.2, 0.3, 0.1, 0.2, 0.1], abs=0.01)
 
 
 def test_one_training_claims_nothing():
@@ -98,6 +99,12 @@ def test_a_tax_that_is_constant_is_not_ruled_out():
     assert "a constant tax is not ruled out" in said
 
 
+def test_a_tax_that_is_higher_in_the_middle_is_not_constant():
+    """Though first and last are the same."""
+    said = findings.of_the_tax({"code": sweep([[3.2, 3.1, 3.2, 3.1], [3.2, 3.0, 3.0, 3.0]])})
+    assert "is told from 0 in 1 of 1 row: there the tax is not constant." in said
+
+
 def test_the_tax_over_training():
     """A tax that doubles from the first look to the last; made-up sweeps look twice."""
     losses = sweep()
@@ -116,21 +123,29 @@ def test_the_tax_over_training():
 
 
 def test_the_best_count_moves():
-    """Counted where both answers are determined, over three trainings."""
+    """By least loss: told where each wiring loses by the other one's best count, over three trainings."""
+    falls, rises = [3.2, 3.1, 3.0, 2.9], [3.2, 3.3, 3.4, 3.5]
     sweeps = {
-        "code": sweep(),
-        "p_hop": sweep([TAXED[1], TAXED[0]]),
-        "addition": sweep(ALIKE),
-        "brackets": sweep(seeds=1),
-        "unigram": sweep(ALIKE, spread=0.2),
+        "code": sweep([rises, falls]),
+        "p_hop": sweep([falls, rises]),
+        "addition": sweep([rises, rises]),
+        "brackets": sweep([rises, falls], seeds=1),
+        "unigram": sweep([rises, falls], spread=0.5),
     }
     said = findings.of_the_best(sweeps)
-    assert "Of 3 rows with 3 trainings and both answers determined" in said
-    assert "higher in 1, lower in 1, and leaves it in 1." in said
-    assert "Not counted: 1 row of fewer trainings and 1 row with an answer that is undetermined." in said
+    assert "Counted: 4 rows with 3 trainings" in said
+    assert "1 row of fewer trainings is shown, but not counted" in said
     rows = {row[0]: row for row in cells(said)}
-    assert (rows["code"][4].split()[0], rows["code"][6].split()[0]) == ("2", "4")
-    assert "undetermined" in rows["unigram"][4] + rows["unigram"][6]
+    assert (rows["code"][5:7], rows["p_hop"][5:7], rows["addition"][5:9]) == (
+        ["1", "4"],
+        ["4", "1"],
+        ["1", "1", "-", "-"],
+    )
+    assert [float(cell.split()[0]) for cell in rows["code"][7:9]] == pytest.approx([0.3, 0.3], abs=0.01)
+    assert rows["unigram"][5] != rows["unigram"][6]
+    assert "is the same with the offset and without in 1, and differs in 3, of which 2 can be told" in said
+    assert "without the offset it is higher in 1, lower in 1." in said
+    assert (rows["code"][9].split()[0], rows["code"][10].split()[0]) == ("1", "4")
 
 
 def test_one_training_moves_nothing():
@@ -144,12 +159,13 @@ def test_one_training_moves_nothing():
 
 def tracked(groups, sign=1):
     """Models of sweeps (name, data) whose first number tracks the tax within loop counts, and which the counts hide."""
-    random, found = np.random.default_rng(0), findings.Tracked([], [], [], [], {"tracks": [], "noise": []})
+    random, found = np.random.default_rng(0), findings.Tracked([], [], [], [], [], {"tracks": [], "noise": []})
     for name, data in groups:
         for loops in (2, 3, 4):
             for tax in random.standard_normal(6):
                 found.sweep.append(name)
                 found.data.append(data)
+                found.memory.append("first")
                 found.loops.append(loops)
                 found.tax.append(tax + 10 * loops)
                 found.numbers["tracks"].append(sign * (tax - 10 * loops))
@@ -161,35 +177,49 @@ def tracked(groups, sign=1):
 def test_a_number_that_tracks_the_tax(sign):
     """Within loop counts, though over them it goes the other way; of enough data sets."""
     models = tracked([(f"s{n}", f"d{n}") for n in range(5)], sign)
-    found, noise = findings.within(models, "tracks"), findings.within(models, "noise")
-    assert found.mean == pytest.approx(sign)
-    assert found.low <= found.mean <= found.high
+    found, noise = (findings.correlated(models, name, same_loops=True) for name in ("tracks", "noise"))
+    assert (found.mean, found.low, found.high) == (pytest.approx(sign),) * 3
     assert found.clear
-    assert found.sweeps == {f"s{n}": (pytest.approx(sign), 18) for n in range(5)}
+    assert (found.groups, found.data_sets) == (15, 5)
     assert noise.low < 0 < noise.high
     assert not noise.clear
+    assert sign * findings.correlated(models, "tracks", same_loops=False).mean < 0
+
+
+def test_intervals_are_over_data_sets():
+    """By hand: correlations of 1, 1, 1, -1, -1 have the mean 0.2 and a standard error of 1.095 / sqrt(5)."""
+    models = tracked([(f"s{n}", f"d{n}") for n in range(5)])
+    turned = [
+        value * (-1 if name in ("s3", "s4") else 1)
+        for value, name in zip(models.numbers["tracks"], models.sweep, strict=True)
+    ]
+    found = findings.correlated(replace(models, numbers={"n": turned}), "n", same_loops=True)
+    assert (found.mean, found.high) == (pytest.approx(0.2), pytest.approx(0.2 + 2.7764 * 1.0954 / 5**0.5, abs=1e-3))
 
 
 def test_few_data_sets_claim_nothing(monkeypatch):
     """Sweeps of one text are one."""
     models = tracked([(f"s{n}", "one text") for n in range(5)])
-    found = findings.within(models, "tracks")
+    found = findings.correlated(models, "tracks", same_loops=True)
     assert (found.data_sets, found.mean, found.clear) == (1, pytest.approx(1), False)
     monkeypatch.setattr(findings, "tracked", lambda sweeps: models)
-    monkeypatch.setattr(findings, "TRACKERS", {"tracks": ("", ""), "noise": ("", "")})
     said = findings.of_the_trackers({})
     assert "Nothing is claimed: data sets are 1, fewer than 5" in said
-    assert cells(said)[2][:4] == ["tracks", cells(said)[2][1], "90", "+1.00 (18)"]
+    assert cells(said)[2][0::2] == ["tracks", "+1.00, 15 of 1"]
 
 
-def test_within_a_sweep_where_loop_counts_have_too_few():
-    """One model of each loop count: ranked over them; two models cannot be ranked, and missing numbers are left out."""
+def test_groups_that_cannot_be_ranked():
+    """Two models, missing numbers, and numbers that are all the same."""
     numbers = {"n": [1.0, 2, 3, np.nan, 1, 2]}
-    models = findings.Tracked([*"aaaabb"], [*"aaaabb"], [2, 3, 4, 4, 2, 3], [0.1, 0.2, 0.3, 0.0, 0.1, 0.2], numbers)
-    found = findings.within(models, "n")
-    assert found.sweeps == {"a": (pytest.approx(1), 3)}
-    assert findings.within(replace(models, numbers={"n": [1.0] * 6}), "n") is None
-    assert findings.within(replace(models, numbers={"n": [np.nan] * 6}), "n") is None
+    memory = ["first"] * 6
+    taxes = [0.1, 0.2, 0.3, 0.0, 0.1, 0.2]
+    models = findings.Tracked([*"aaaabb"], [*"aaaabb"], memory, [2, 3, 4, 4, 2, 3], taxes, numbers)
+    found = findings.correlated(models, "n", same_loops=False)
+    assert (found.mean, found.groups, found.data_sets) == (pytest.approx(1), 1, 1)
+    assert findings.correlated(models, "n", same_loops=True) is None
+    apart = replace(models, memory=["first", "own", "own", "own", "own", "own"])
+    assert findings.correlated(apart, "n", same_loops=False) is None
+    assert findings.correlated(replace(models, numbers={"n": [1.0] * 6}), "n", same_loops=False) is None
 
 
 def test_numbers_of_planted_checkpoints(placed, tmp_path):
@@ -209,20 +239,20 @@ def test_numbers_of_planted_checkpoints(placed, tmp_path):
     assert np.isnan(models.numbers["Omega over the carry's norm"]).all()
     said = findings.of_the_trackers({"code-narrow": sweep(seeds=1)})
     assert "Omega over" not in said
-    assert "| cost of the last loop | +1.00 (" in said
-    assert said.count("| 3 | +1.00 (3) |") >= 3
+    assert "| cost of the last loop | +1.00, 1 of 1 | - |" in said
+    assert f"| {findings.PLACEBO} | +1.00, 1 of 1 | - |" in said
 
 
 # -- question 4 -----------------------------------------------------------------------------------------
 
 
 def test_which_one_limits_later_loops():
-    """L(2) - L(4) by memory and offset: 0 and 0.2 shared, 0.05 and 0.25 own."""
-    truth = [TAXED, [[3.2, 3.15, 3.1, 3.1], [3.2, 3.05, 2.9, 2.8]]]
+    """L(1) - L(4) by memory and offset: 0.1 and 0.4 shared, 0.15 and 0.5 own."""
+    truth = [TAXED, [[3.2, 3.15, 3.1, 3.05], [3.2, 3.05, 2.9, 2.7]]]
     said = findings.of_the_limits({"code": sweep(truth, memories=2)})
     row = cells(said)[2]
     assert [float(cell.split()[0]) for cell in row[2:]] == pytest.approx(
-        [0, 0.2, 0.05, 0.25, 0.2, 0.05, 0.15], abs=0.01
+        [0.1, 0.4, 0.15, 0.5, 0.3, 0.05, 0.25], abs=0.01
     )
     assert "without the offset in 1 (less in 0), and more with a memory of their own in 1 (less in 0)" in said
     assert "the offset limits them more than the shared memory in 1, less in 0" in said
@@ -242,11 +272,16 @@ def test_how_they_were_trained():
     nll[0, :, 2], nll[0, 0, 3, 1] = np.nan, np.inf
     losses.data["search_nll"] = (("memory", "offset", "loops", "rate"), nll)
     losses.data.coords["rate"] = [0.0015, 0.003]
+    losses.data.attrs["provenance"] = json.dumps(losses.provenance | {"search_tokens": 400})
     said = findings.of_the_training({"code": losses, "b": sweep()})
-    assert "| code | 1,000 | 0.003 / 0.006 / 0.003 / - |" in said
-    assert "| code | 0.0015 | 1.000 / 2.500 / - / 4.000 |" in said
-    assert "| code | 0.003 | 1.000 / 2.500 / - / diverged |" in said
-    assert "| b | 1,000 | 0.003 / 0.003 / 0.003 / 0.003 |" in said
+    assert "| code | 1,000 | 0.003 / 0.006 / 0.003 / - | 2.7" in said
+    assert "| code | 400 | 2 of 2 | 0.0015 | 1.000 / 2.500 / - / 4.000 |" in said
+    assert "| code | 400 | 2 of 2 | 0.003 | 1.000 / 2.500 / - / diverged |" in said
+    assert "| b | 1,000 | 0.003 / 0.003 / 0.003 / 0.003 | 2.7" in said
+    of_task = sweep()
+    of_task.data.attrs["provenance"] = json.dumps(of_task.provenance | {"data": "unigram"})
+    entropy = scipy.stats.entropy(1 / np.arange(1, 64))
+    assert f" | {entropy:.3f} |" in findings.of_the_training({"unigram": of_task})
     assert "| b | 0" not in said
 
 
