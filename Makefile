@@ -73,7 +73,7 @@ figures/saved/emergence.json: | $(DEV)  # trains for about a quarter of an hour 
 family: $(DEV)  ## train the bundled models again (an hour on two cores; goes on where it stopped)
 	$(BIN)/python -m loopdiag.sweep.family
 
-families: $(DEV)  ## train the backtest's families (eight hours on two cores; goes on where it stopped)
+families: $(DEV)  ## train the backtest's families (ten hours on two cores; goes on where it stopped)
 	$(BIN)/python benchmarks/families.py
 
 findings: $(DEV)  ## write docs/findings.md and draw figures/sweeps from what the families were measured to be

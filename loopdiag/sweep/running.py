@@ -32,7 +32,7 @@ from loopdiag.sweep.text import Text
 from loopdiag.sweep.training import Recipe, token_losses, train
 
 RESULT = "sweep.nc"
-# Nats that a rate of its own must bring a loop count: short trainings of two seeds differ by about as much.
+# Nats that a rate of its own must bring a loop count: less is taken for what another seed would change.
 RATE_MARGIN = 0.05
 POLL = 2.0  # seconds between two looks for what other processes have left
 
