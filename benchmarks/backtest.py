@@ -9,12 +9,20 @@ loop count. The recommender sees the diagnosis of ONE of them, the one with most
 train with. The truth is the utility measured on all of them, -loss - price * (loops - 1).
 
 - regret: utility lost by the prediction, in nats per token, 0 at best;
-- hit: the prediction is within one standard error of the best count;
+- hit: the prediction is within one standard error of the best count. With three seeds or more the error is over
+  documents and seeds, with fewer over documents alone: it is smaller then, and hits are stricter;
+- noise floor: the truth itself is noisy, and regret cannot be expected to reach 0. Where families have three seeds or
+  more an oracle picks each seed's count from the mean utility of the others; the floor is what it loses on that seed.
+  That is the floor of a truth from one training; the floor of a mean of several is lower;
 - support: how sure the prediction is, the share of resamples of the checkpoint's documents that give the same one.
   It is calibrated where predictions of 80 % support hit in 80 % of the cases.
 
+Data sets weigh alike in all means: one's own is over its families, a family's over its checkpoints. Intervals are t
+intervals over the means of data sets. A seed in which a training diverged is left out, and named.
+
 Which rule is used is chosen on one half of the data sets. The other half is for the score alone: nothing of it is read
-before the choice is made, from complete families, and committed.
+before the choice is made, from complete families, and committed, and it is scored when it is completely trained, not
+before.
 """
 
 from __future__ import annotations
@@ -22,28 +30,35 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from families import FAMILIES, LOOPS, SWEEPS, Family
 from rich.console import Console
 from rich.table import Table
 
-from loopdiag.bootstrap import interval, resampled_means
+from loopdiag.bootstrap import resampled_means, student_interval
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.files import whole
-from loopdiag.gaincost import recommend, recommend_training
+from loopdiag.gaincost import recommend
 from loopdiag.gaincost.decision import resampled_picks
 from loopdiag.gaincost.lenses import LENSES
+from loopdiag.gaincost.measured import CLAIM
 from loopdiag.gaincost.rule import FEWEST_SOURCES, PRICE
 from loopdiag.losses import SweepLosses
+from loopdiag.sweep.gathering import PLACE, cell_file
+from loopdiag.sweep.grid import Grid
 
 AIM_REGRET, AIM_HITS = 0.01, 0.80
 CHOSEN = Path(__file__).parent / "chosen.json"
 HALVES = ("choose", "unseen")
+BASELINES = ("always 1", "always 2", "always max", "exit NLL", "paper_rule")
+FAMILY_COLUMNS = ("family", "offset", "memory", "best count", "picks by seed", "regret")
 RESAMPLES = 200  # of a checkpoint's documents, on each of which every rule is asked
 # Bins of support: name, and from where on (the last but one holds 95 % itself).
 BINS = (("below 50 %", 0.0), ("50 to 80 %", 0.5), ("80 to 95 %", 0.8), ("above 95 %", np.nextafter(0.95, 1)))
@@ -66,6 +81,7 @@ class Case:
         error: Standard error of the difference of each from the best, by loop count.
         picks: What each rule predicts.
         support: In which share of resamples of the documents each rule predicts the same; 1 of those that always do.
+        floor: What an oracle loses on this seed that knows the others; None where they are too few.
     """
 
     family: str
@@ -78,6 +94,12 @@ class Case:
     error: dict[int, float]
     picks: dict[str, int]
     support: dict[str, float]
+    floor: float | None = None
+
+    @property
+    def of(self) -> tuple[str, int, str]:
+        """The family: sweep, offset and memory."""
+        return self.family, self.offset, self.memory
 
     @property
     def best(self) -> int:
@@ -121,31 +143,59 @@ def rules(diagnosis: Diagnosis, price: float) -> tuple[dict[str, int], dict[str,
     )
 
 
-def places(family: Family) -> tuple[int, int]:
-    """How many models of a sweep (seeds, memories, offsets, loop counts) are measured, and how many it is to have."""
-    asked = {"seed": range(family.seeds), "memory": family.memories, "offset": (1, 0), "loops": LOOPS}
-    wanted = int(np.prod([len(values) for values in asked.values()]))
-    file = SWEEPS / family.name / "sweep.nc"
-    if not file.is_file():
-        return 0, wanted
-    nll = SweepLosses.load(file).data["nll"].reindex({name: list(values) for name, values in asked.items()})
-    return int(nll.notnull().all("document").sum()), wanted
+def measured(losses: SweepLosses) -> xr.DataArray:
+    """Which places of a sweep have a model that was trained, whether or not its losses are finite."""
+    there = losses.data["nll"].notnull().all("document").transpose(*PLACE)
+    grid, diverged = Grid(LOOPS), losses.provenance.get("diverged", ())
+    for place in product(*(there[name].values.tolist() for name in PLACE)):
+        if grid.cell(*place).name in diverged:
+            there.loc[dict(zip(PLACE, place, strict=True))] = True
+    return there
+
+
+def trained(half: str) -> Iterator[tuple[Family, SweepLosses]]:
+    """The sweeps of a half that have a model."""
+    for family in FAMILIES:
+        file = SWEEPS / family.name / "sweep.nc"
+        if family.half == half and file.is_file():
+            yield family, SweepLosses.load(file)
 
 
 def incomplete(half: str) -> list[str]:
     """The sweeps of a half that are not completely trained, each with how far it is."""
-    counted = {family.name: places(family) for family in FAMILIES if family.half == half}
-    return [f"{name} ({there} of {wanted} places)" for name, (there, wanted) in counted.items() if there < wanted]
+    there = {family.name: losses for family, losses in trained(half)}
+    found = []
+    for family in (family for family in FAMILIES if family.half == half):
+        asked = {"seed": range(family.seeds), "memory": family.memories, "offset": (1, 0), "loops": LOOPS}
+        wanted, count = int(np.prod([len(values) for values in asked.values()])), 0
+        if family.name in there:
+            places = measured(there[family.name])
+            count = int(places.reindex({name: list(asked[name]) for name in PLACE}, fill_value=False).sum())
+        if count < wanted:
+            found.append(f"{family.name} ({count} of {wanted} places)")
+    return found
+
+
+def diverged(half: str) -> list[str]:
+    """The seeds of a half that have all models of a family, but are left out, since one has no finite loss."""
+    found = []
+    for family, losses in trained(half):
+        finite = np.isfinite(losses.data["nll"]).all(("document", "loops"))
+        lost = measured(losses).all("loops") & ~finite
+        for memory, offset, seed in product(*(lost[name].values.tolist() for name in ("memory", "offset", "seed"))):
+            if lost.sel(memory=memory, offset=offset, seed=seed):
+                found.append(f"{family.name}, offset {offset}, memory {memory}, seed {seed}")
+    return found
 
 
 def cases(price: float, half: str) -> list[Case]:
-    """Every checkpoint of the largest loop count of a half whose family is complete."""
+    """Every checkpoint of the largest loop count of a half whose seed has a finite loss of each loop count.
+
+    Other seeds, and other families, may be missing: `incomplete` says so.
+    """
     found = []
-    for family in (family for family in FAMILIES if family.half == half):
+    for family, losses in trained(half):
         folder = SWEEPS / family.name
-        if not (folder / "sweep.nc").is_file():
-            continue
-        losses = SweepLosses.load(folder / "sweep.nc")
         most = int(losses.data["loops"].values[-1])
         for memory in losses.data["memory"].values:
             for offset in losses.data["offset"].values:
@@ -153,13 +203,19 @@ def cases(price: float, half: str) -> list[Case]:
                 nll = nll.isel(seed=np.flatnonzero(np.isfinite(nll.values).all((1, 2))))
                 if not nll.sizes["seed"]:
                     continue
-                answer = recommend_training(losses, price, offset=int(offset), memory=str(memory))
-                utility = -answer.nll.mean - price * (np.array(answer.loops) - 1)
+                counts = [int(count) for count in nll["loops"].values]
+                by_seed = -nll.mean("document").values - price * (np.array(counts) - 1)
+                utility = by_seed.mean(0)
                 error = _errors(nll.values, nll["source"].values, int(utility.argmax()))
-                for seed in nll["seed"].values:
-                    file = folder / "diagnoses" / f"loops{most}-offset{offset}-{memory}-seed{seed}.nc"
+                for seed, floor in zip(nll["seed"].values, _floors(by_seed), strict=True):
+                    cell = Grid(LOOPS).cell(int(seed), memory, int(offset), most)
+                    file = folder / "diagnoses" / f"{cell.name}.nc"
                     if not file.is_file():
-                        raise Refused(f"{file} is missing: python benchmarks/families.py {family.name} makes it.")
+                        raise Refused(
+                            f"{file} is missing: python benchmarks/families.py {family.name} makes it where the model "
+                            f"is still in {folder / 'models'}; else delete {cell_file(folder, cell)} first, to train "
+                            "it again."
+                        )
                     picks, support = rules(Diagnosis.load(file), price)
                     found.append(
                         Case(
@@ -169,34 +225,49 @@ def cases(price: float, half: str) -> list[Case]:
                             int(offset),
                             str(memory),
                             int(seed),
-                            dict(zip(answer.loops, utility.tolist(), strict=True)),
-                            dict(zip(answer.loops, error.tolist(), strict=True)),
+                            dict(zip(counts, utility.tolist(), strict=True)),
+                            dict(zip(counts, error.tolist(), strict=True)),
                             picks,
                             support,
+                            floor,
                         )
                     )
     return found
 
 
+def _floors(by_seed: np.ndarray) -> list[float | None]:
+    """What each seed [seed, loops] loses by the count that is best for the mean of the others; None of too few."""
+    if len(by_seed) < CLAIM:
+        return [None] * len(by_seed)
+    others = (by_seed.sum(0) - by_seed).argmax(1)
+    return [float(own.max() - own[pick]) for own, pick in zip(by_seed, others, strict=True)]
+
+
 def _errors(nll: np.ndarray, sources: np.ndarray, best: int) -> np.ndarray:
-    """Standard errors of differences from the best count, over documents and, where there are several, seeds."""
+    """Standard errors of differences from the best count, over what those of `recommend_training` are over."""
     draws = resampled_means(nll.mean(0), sources)
     variance = (draws - draws[:, [best]]).var(0)
-    if len(nll) > 1:
+    if len(nll) >= CLAIM:
         means = nll.mean(1)
         variance += (means - means[:, [best]]).var(0, ddof=1) / len(nll)
     return np.sqrt(variance)
 
 
-def over_families(chosen: Sequence[Case], value: Callable[[Case], float], name: str) -> dict[str, float | None]:
-    """A mean, families weighing alike, and its 95 % interval over data sets; none where they are too few to tell."""
-    families: dict[tuple[str, str, int, str], list[float]] = {}
+def by_family(chosen: Sequence[Case]) -> list[list[Case]]:
+    """The checkpoints of each family."""
+    families: dict[tuple[str, int, str], list[Case]] = {}
     for case in chosen:
-        families.setdefault((case.data, case.family, case.offset, case.memory), []).append(value(case))
-    means, data = np.array([np.mean(each) for each in families.values()]), [key[0] for key in families]
-    low, high = None, None
-    if len(set(data)) >= FEWEST_SOURCES:
-        low, high = map(float, interval(resampled_means(means, data)))
+        families.setdefault(case.of, []).append(case)
+    return list(families.values())
+
+
+def over_data_sets(chosen: Sequence[Case], value: Callable[[Case], float], name: str) -> dict[str, float | None]:
+    """A mean, data sets weighing alike, and its 95 % t interval; none where they are too few to tell."""
+    data: dict[str, list[float]] = {}
+    for family in by_family(chosen):
+        data.setdefault(family[0].data, []).append(float(np.mean([value(case) for case in family])))
+    means = np.array([np.mean(each) for each in data.values()])
+    low, high = map(float, student_interval(means)) if len(means) >= FEWEST_SOURCES else (None, None)
     return {name: float(means.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -204,11 +275,44 @@ def score(chosen: Sequence[Case], rule: str) -> dict[str, Any]:
     """Mean regret and hit rate of a rule."""
     return {
         "rule": rule,
-        "families": len({(case.family, case.offset, case.memory) for case in chosen}),
+        "families": len(by_family(chosen)),
         "data_sets": len({case.data for case in chosen}),
-        **over_families(chosen, lambda case: case.regret(rule), "regret"),
-        **over_families(chosen, lambda case: case.hit(rule), "hits"),
+        **over_data_sets(chosen, lambda case: case.regret(rule), "regret"),
+        **over_data_sets(chosen, lambda case: case.hit(rule), "hits"),
     }
+
+
+def against(chosen: Sequence[Case], rule: str) -> list[dict[str, Any]]:
+    """By how much a rule's regret is above that of each other baseline, on the same checkpoints."""
+    return [
+        {"baseline": baseline}
+        | over_data_sets(chosen, lambda case, other=baseline: case.regret(rule) - case.regret(other), "difference")
+        for baseline in BASELINES
+        if baseline != rule
+    ]
+
+
+def noise_floor(chosen: Sequence[Case]) -> float | None:
+    """Mean regret of the oracle, over what has one."""
+    known = [case for case in chosen if case.floor is not None]
+    return over_data_sets(known, lambda case: case.floor or 0.0, "floor")["floor"] if known else None
+
+
+def of_each_family(chosen: Sequence[Case], rule: str) -> list[dict[str, Any]]:
+    """What a rule picks in each family, and what that loses."""
+    return [
+        {
+            "family": family[0].family,
+            "data": family[0].data,
+            "offset": family[0].offset,
+            "memory": family[0].memory,
+            "seeds": len(family),
+            "best": family[0].best,
+            "picks": [case.picks[rule] for case in family],
+            "regret": float(np.mean([case.regret(rule) for case in family])),
+        }
+        for family in by_family(chosen)
+    ]
 
 
 def calibration(chosen: Sequence[Case], rule: str) -> dict[str, Any]:
@@ -222,13 +326,19 @@ def calibration(chosen: Sequence[Case], rule: str) -> dict[str, Any]:
             for values in ([case.support[rule] for case in some], [case.hit(rule) for case in some])
         )
         bins.append({"support": name, "cases": len(some), "mean_support": support, "hits": hits})
-    overconfidence = over_families(chosen, lambda case: case.support[rule] - case.hit(rule), "support_less_hits")
+    overconfidence = over_data_sets(chosen, lambda case: case.support[rule] - case.hit(rule), "support_less_hits")
     return {"rule": rule, "bins": bins, **overconfidence}
 
 
 def best_rule(found: Sequence[Case]) -> str:
     """The rule of least mean regret; of equals the first."""
     return min(found[0].picks, key=lambda rule: round(score(found, rule)["regret"], 9))
+
+
+def leave_one_out(found: Sequence[Case]) -> dict[str, str]:
+    """The rule that would be best without each data set; of one data set nothing."""
+    data = dict.fromkeys(case.data for case in found)
+    return {left: best_rule([case for case in found if case.data != left]) for left in data if len(data) > 1}
 
 
 def choose(price: float) -> str:
@@ -245,7 +355,10 @@ def choose(price: float) -> str:
 
 
 def chosen_rule(price: float) -> str:
-    """The rule that was chosen and committed, without which nothing of the unseen half is looked at."""
+    """The rule that was chosen and committed, without which nothing of the unseen half is looked at.
+
+    Nor is it looked at in part, while it is not completely trained: each such look would be one more than the one.
+    """
     if not CHOSEN.is_file():
         raise Refused("No rule is chosen yet: python benchmarks/backtest.py --choose, and commit what it writes.")
     if missing := incomplete("choose"):
@@ -255,6 +368,8 @@ def chosen_rule(price: float) -> str:
     told = json.loads(CHOSEN.read_text())
     if told["price"] != price:
         raise Refused(f"The rule was chosen at a price of {told['price']:g}, not {price:g}.")
+    if missing := incomplete("unseen"):
+        raise Refused(f"The half `unseen` is scored once, when it is completely trained: {', '.join(missing)}.")
     return told["rule"]
 
 
@@ -290,7 +405,12 @@ def backtest(price: float, *, unseen: bool = False) -> dict[str, Any]:
         "chosen": rule,
         "final": unseen,
         "incomplete": [said for half in shown for said in incomplete(half)],
+        "diverged": [said for half in shown for said in diverged(half)],
         "scores": {half: [score(some, each) for each in some[0].picks] for half, some in halves.items()},
+        "against": {half: against(some, rule) for half, some in halves.items()},
+        "floor": {half: noise_floor(some) for half, some in halves.items()},
+        "families": {half: of_each_family(some, rule) for half, some in halves.items()},
+        "leave_one_out": leave_one_out(halves.get("choose", [])),
         "calibration": {half: calibration(some, rule) for half, some in halves.items()},
         "cases": [asdict(case) | {"best": case.best} for some in halves.values() for case in some],
     }
@@ -323,31 +443,62 @@ def calibration_rows(told: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
     ]
 
 
+def family_rows(families: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Of a table: family, offset, memory, best count, picks by seed, regret."""
+    return [
+        (
+            *(str(row[name]) for name in ("family", "offset", "memory", "best")),
+            ", ".join(map(str, row["picks"])),
+            f"{row['regret']:.4f}",
+        )
+        for row in families
+    ]
+
+
 def show(told: Mapping[str, Any], console: Console) -> None:
     """Print the scores and the calibration of the rule."""
-    mark = "chosen" if told["final"] else "least regret so far"
+    rule, mark = told["chosen"], "chosen" if told["final"] else "least regret so far"
     for half, scores in told["scores"].items():
-        title = f"{half}: {scores[0]['families']} families, price {told['price']:g}"
+        families = told["families"][half]
+        title = f"{half}: {len(families)} families, data sets {scores[0]['data_sets']}, price {told['price']:g}"
         rows = [
             (
-                row["rule"] + (f" ({mark})" if row["rule"] == told["chosen"] else ""),
+                row["rule"] + (f" ({mark})" if row["rule"] == rule else ""),
                 text(row, "regret", ".4f"),
                 text(row, "hits", ".0%"),
             )
             for row in scores
         ]
         _print(console, title, ("rule", "mean regret", "hits"), rows)
+        few = sum(family["seeds"] < CLAIM for family in families)
+        console.print(
+            f"Hits are within one standard error of the best. In {few} of {len(families)} families, with fewer than "
+            f"{CLAIM} seeds, it is over documents alone, and hits are stricter."
+        )
+        floor = told["floor"][half]
+        console.print(
+            f"Noise floor, mean regret of an oracle that picks a seed's count from {CLAIM - 1} or more other seeds: "
+            + ("no such family." if floor is None else f"{floor:.4f}.")
+        )
+        differences = [(row["baseline"], text(row, "difference", "+.4f")) for row in told["against"][half]]
+        _print(console, f"{half}: regret of {rule}, less that of", ("baseline", "difference"), differences)
+        _print(console, f"{half}: {rule} in each family", FAMILY_COLUMNS, family_rows(families))
         calibrated = told["calibration"][half]
         headings = ("support", "cases", "mean support", "hits")
-        _print(console, f"{half}: is {told['chosen']} as sure as it is right?", headings, calibration_rows(calibrated))
-        console.print(f"Support less hits, mean over families: {text(calibrated, 'support_less_hits', '+.0%')}.")
-        console.print(why_no_interval(scores) or "In brackets: 95 % intervals over data sets.")
+        _print(console, f"{half}: is {rule} as sure as it is right?", headings, calibration_rows(calibrated))
+        console.print(f"Support less hits, mean over data sets: {text(calibrated, 'support_less_hits', '+.0%')}.")
+        console.print(why_no_interval(scores) or "In brackets: 95 % t intervals over data sets.")
+    for left, other in told["leave_one_out"].items():
+        console.print(f"Of least regret on the half to choose on without {left}: {other}.")
+    if told["diverged"]:
+        console.print(f"Left out, since a training diverged: {'; '.join(told['diverged'])}.")
     if told["incomplete"]:
         console.print(f"Not completely trained: {', '.join(told['incomplete'])}.")
 
 
 def _print(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    console.print(f"\n{title}")  # a table's own title is wrapped to its width
+    table = Table()
     for heading in headings:
         table.add_column(heading)
     for row in rows:

@@ -6,8 +6,8 @@ trains those that are not trained yet, all when none is named, into benchmarks/s
 the work, and a stopped one goes on. On two cores all of them take about eight hours.
 
 The halves were fixed, by data, before any of these was trained: on `choose` the combination of lenses is chosen, and
-`unseen` is looked at once, for the score that is reported. `code` is in the first half because the bundled models,
-trained on the same text, had been looked at before.
+`unseen` is looked at once, when all of it is trained, for the score that is reported. `code` is in the first half
+because the bundled models, trained on the same text, had been looked at before.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from families import FAMILIES, Family, docstrings, trim
 from planted import diagnosis_of
+from scipy.stats import ttest_1samp
 from synthetic import make
 from test_measured import made_up
 
 from loopdiag.diagnosis import Diagnosis
+from loopdiag.gaincost import measured
 from loopdiag.gaincost.decision import predict
 from loopdiag.gaincost.lenses import INPUTS
 from loopdiag.losses import SweepLosses
@@ -101,18 +103,60 @@ def test_regret_and_hits_by_hand(found):
     assert with_offset.regret("always 2") == 0
 
 
-def test_scores_weigh_families_alike(found):
-    """Each is a mean over families of means over their checkpoints."""
+def test_scores_weigh_data_sets_alike(found):
+    """Each is a mean over data sets of means over families of means over their checkpoints."""
     scored = backtest.score(found, "always 2")
     assert (scored["families"], scored["data_sets"]) == (4, 2)
     assert scored["hits"] == 0.5
     assert scored["regret"] == pytest.approx(0.05 / 2, abs=0.002)  # without the offset three are best: -3.14, not -3.19
     more = [*found, *(case for case in found if case.offset == 1 and case.family == "a")]
     assert backtest.score(more, "always 2")["regret"] == pytest.approx(scored["regret"])
+    others = [replace(case, family="a, larger") for case in found if case.data == "a" and case.offset == 1]
+    scored = backtest.score([*found, *others], "always 2")
+    assert (scored["families"], scored["data_sets"]) == (5, 2)
+    assert scored["hits"] == pytest.approx((2 / 3 + 1 / 2) / 2)  # over families it would be 3 / 5
+
+
+def of_data_sets(regrets, found):
+    """A case for each data set, whose regret with `always 2` is given and with `always 1` is 0."""
+    return [
+        replace(found[0], data=f"{n}", family=f"{n}", utility={1: 0.0, 2: -regret, 3: -0.5, 4: -0.5})
+        for n, regret in enumerate(regrets)
+    ]
+
+
+def test_intervals_are_those_of_a_t_test_over_data_sets(found):
+    """Of scipy, for a score and for a difference of two; a second family of a data set moves its mean, and no more."""
+    regrets = [0.01, 0.02, 0.05, 0.0, 0.03, 0.02]
+    several = of_data_sets(regrets, found)
+    scored = backtest.score(several, "always 2")
+    outside = ttest_1samp(regrets, 0).confidence_interval(0.95)
+    assert (scored["regret_low"], scored["regret_high"]) == pytest.approx((outside.low, outside.high))
+    differences = {row["baseline"]: row for row in backtest.against(several, "always 2")}
+    assert set(differences) == {"always 1", "always max", "exit NLL", "paper_rule"}
+    outside = ttest_1samp([regret - 0.5 for regret in regrets], 0).confidence_interval(0.95)
+    told = differences["always max"]
+    assert told["difference"] == pytest.approx(np.mean(regrets) - 0.5)
+    assert (told["difference_low"], told["difference_high"]) == pytest.approx((outside.low, outside.high))
+    second = [replace(of_data_sets([0.07], found)[0], family="another")]
+    outside = ttest_1samp([0.04, *regrets[1:]], 0).confidence_interval(0.95)
+    scored = backtest.score([*several, *second], "always 2")
+    assert (scored["regret_low"], scored["regret_high"]) == pytest.approx((outside.low, outside.high))
+
+
+def test_differences_are_paired(found):
+    """Data sets whose regrets are far apart, and whose difference is the same in each, leave no doubt of it."""
+    several = [
+        replace(case, utility={1: -0.01 - worst, 2: -worst, 3: 0.0, 4: -0.5})
+        for worst, case in zip((0.1, 0.2, 0.3, 0.4, 0.5), of_data_sets([0.0] * 5, found), strict=True)
+    ]
+    told = {row["baseline"]: row for row in backtest.against(several, "always 2")}["always 1"]
+    values = [told[f"difference{end}"] for end in ("", "_low", "_high")]
+    assert values == pytest.approx([-0.01] * 3)
 
 
 def test_few_data_sets_have_no_interval(found):
-    """Five have: clusters are data sets, whatever the families of each."""
+    """Five have, whatever the families of each."""
     several = [replace(case, data=f"{n}", family=f"{n}") for n in range(5) for case in found]
     scored = backtest.score(several, "always 2")
     assert scored["regret_low"] <= scored["regret"] <= scored["regret_high"]
@@ -186,6 +230,11 @@ def test_nothing_of_the_unseen_half_is_read_before_the_choice(sweeps, monkeypatc
     shown = capsys.readouterr().out
     assert "least regret so far" in shown
     assert "unseen" not in shown
+    assert f"choose: {told['chosen']} in each family" in shown
+    assert "In 2 of 2 families, with fewer than 3 seeds, it is over documents alone" in " ".join(shown.split())
+    assert "no such family" in " ".join(shown.split())
+    assert (told["floor"], told["leave_one_out"]) == ({"choose": None}, {})
+    assert {row["baseline"] for row in told["against"]["choose"]} == set(backtest.BASELINES) - {told["chosen"]}
     assert "No intervals over data sets, of which there are 1: fewer than 5" in " ".join(shown.split())
     json.loads((tmp_path / "told.json").read_text())
     assert set(read) == {Path("choose"), sweeps / "a" / "sweep.nc"}
@@ -212,6 +261,19 @@ def test_the_unseen_half_is_scored_by_the_rule_on_file(sweeps, capsys):
         backtest.backtest(0.01, unseen=True)
 
 
+def test_the_unseen_half_is_not_scored_in_part(sweeps, monkeypatch):
+    """Each look at what is trained so far would be one more; no case of it is made."""
+    backtest.choose(0.01)
+    commit()
+    made, cases = [], backtest.cases
+    monkeypatch.setattr(backtest, "cases", lambda price, half: made.append(half) or cases(price, half))
+    monkeypatch.setattr(backtest, "FAMILIES", [backtest.FAMILIES[0], replace(backtest.FAMILIES[1], seeds=3)])
+    with pytest.raises(backtest.Refused, match=r"`unseen` is scored once, .* trained: b .16 of 24 places"):
+        backtest.backtest(0.01, unseen=True)
+    assert made == []
+    assert set(backtest.backtest(0.01)["scores"]) == {"choose"}
+
+
 @pytest.mark.parametrize(
     ("asked", "said"), [({"seeds": 3}, "a .16 of 24 places"), ({"memories": ("first", "own")}, "a .16 of 32 places")]
 )
@@ -229,12 +291,101 @@ def test_an_incomplete_half_chooses_nothing(sweeps, monkeypatch, asked, said):
     assert backtest.backtest(0.01)["incomplete"]
 
 
+def alone(folder, monkeypatch, losses, **asked):
+    """One family, of the half to choose on, with these losses, whose diagnoses are not read."""
+    monkeypatch.setattr(backtest, "SWEEPS", folder)
+    monkeypatch.setattr(backtest, "FAMILIES", [Family("a", "choose", "a", "tiny", 1000, **asked)])
+    monkeypatch.setattr(backtest, "rules", lambda diagnosis, price: ({"always 2": 2}, {"always 2": 1.0}))
+    monkeypatch.setattr(Diagnosis, "load", lambda file: None)
+    (folder / "a" / "diagnoses").mkdir(parents=True)
+    for seed, memory, offset in np.ndindex(losses.data["nll"].shape[:3]):
+        name = f"loops4-offset{1 - offset}-{('first', 'own')[memory]}-seed{seed}.nc"
+        (folder / "a" / "diagnoses" / name).touch()
+    losses.save(folder / "a" / "sweep.nc")
+
+
 def test_places_that_are_not_trained_are_not_counted(tmp_path, monkeypatch):
-    """One model of eight is missing; of a sweep that is not there, all."""
-    monkeypatch.setattr(backtest, "SWEEPS", tmp_path)
-    (tmp_path / "a").mkdir()
-    made_up(TRUTH, missing=[(0, 0, 1, 2)]).save(tmp_path / "a" / "sweep.nc")
-    assert [backtest.places(Family(name, "choose", name, "tiny", 1000)) for name in ("a", "b")] == [(7, 8), (0, 8)]
+    """One model of eight is missing, and its seed no case; of a sweep that is not there, all are."""
+    alone(tmp_path, monkeypatch, made_up(TRUTH, missing=[(0, 0, 1, 2)]))
+    assert backtest.incomplete("choose") == ["a (7 of 8 places)"]
+    assert backtest.diverged("choose") == []
+    assert [case.offset for case in backtest.cases(0.01, "choose")] == [1]
+    monkeypatch.setattr(backtest, "FAMILIES", [Family("b", "choose", "b", "tiny", 1000)])
+    assert backtest.incomplete("choose") == ["b (0 of 8 places)"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "places", "left_out"),
+    [
+        ("loops3-offset0-own-seed1", [(1, 1, 1, 2)], ["a, offset 0, memory own, seed 1"]),
+        (
+            "loops1-offset1-first-seed0",  # it stands at every offset and memory
+            [(0, memory, offset, 0) for memory in (0, 1) for offset in (0, 1)],
+            [f"a, offset {offset}, memory {memory}, seed 0" for memory in ("first", "own") for offset in (1, 0)],
+        ),
+    ],
+)
+def test_a_diverged_model_is_measured_but_its_seed_left_out(cell, places, left_out, tmp_path, monkeypatch, capsys):
+    """It does not keep the rule from being chosen for ever; and it is named."""
+    losses = made_up(TRUTH, seeds=2, memories=2, missing=places)
+    losses.data.attrs["provenance"] = json.dumps(losses.provenance | {"diverged": [cell]})
+    alone(tmp_path, monkeypatch, losses, memories=("first", "own"), seeds=2)
+    monkeypatch.setattr(backtest, "BASELINES", ("always 2",))
+    monkeypatch.setattr(backtest, "CHOSEN", tmp_path / "chosen.json")
+    assert backtest.incomplete("choose") == []
+    told = backtest.backtest(0.01)
+    assert sorted(told["diverged"]) == sorted(left_out)
+    assert len(told["cases"]) == 8 - len(left_out)
+    assert backtest.choose(0.01) == "always 2"
+    backtest.main([])
+    assert f"Left out, since a training diverged: {left_out[0]}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4])
+def test_errors_are_those_that_the_recommender_decides_by(seeds, monkeypatch):
+    """Over documents with fewer than three seeds; and then hits are stricter than with three."""
+    losses = made_up(TRUTH, noise=0.05, spread=0.05, seeds=seeds)
+    asked, decide = [], measured.decide
+    monkeypatch.setattr(measured, "decide", lambda *given: asked.append(given) or decide(*given))
+    measured.recommend_training(losses, 0.01, offset=1)
+    (_, _, errors, *_), nll = asked[0], losses.data["nll"].sel(offset=1, memory="first")
+    for best in range(4):
+        found = backtest._errors(nll.transpose("seed", "document", "loops").values, nll["source"].values, best)
+        np.testing.assert_allclose(found, errors[:, best], rtol=1e-9, atol=1e-12)
+
+
+def test_the_noise_floor_by_hand(found):
+    """Seeds whose best counts are 1, 1 and 2, and whose others would each pick the wrong one."""
+    by_seed = np.array([[0.5, 0.3], [0.5, 0.4], [0.0, 0.3]])
+    # Others' sums: (0.5, 0.7), (0.5, 0.6), (1.0, 0.7): picks 2, 2 and 1.
+    assert backtest._floors(by_seed) == pytest.approx([0.2, 0.1, 0.3])
+    assert backtest._floors(by_seed[:2]) == [None, None]
+    assert backtest.noise_floor(found) is None
+    some = [replace(case, floor=floor) for case, floor in zip(found, (0.1, 0.3, 0.0, 0.0), strict=False)]
+    assert backtest.noise_floor([*some, *found[4:]]) == pytest.approx(0.1)  # of the first data set alone
+
+
+def test_cases_have_the_floor_of_their_seed(tmp_path, monkeypatch):
+    """Three seeds that agree lose nothing."""
+    alone(tmp_path, monkeypatch, made_up(TRUTH, seeds=3), seeds=3)
+    assert [case.floor for case in backtest.cases(0.01, "choose")] == [0.0] * 6
+
+
+def test_what_each_family_and_data_set_says(found):
+    """A rule that is right with the offset alone; and of three data sets, one without which another is chosen."""
+    first, second = backtest.of_each_family(found[:4], "always 2")
+    assert (first["offset"], first["seeds"], first["best"], first["picks"], first["regret"]) == (1, 2, 2, [2, 2], 0)
+    assert (second["offset"], second["best"]) == (0, 3)
+    assert second["regret"] == pytest.approx(0.05, abs=0.002)
+    assert backtest.family_rows([first]) == [("a", "1", "first", "2", "2, 2", "0.0000")]
+    picks = {"always 1": 1, "always 2": 2}
+    utilities = {"a": {1: 0.0, 2: -0.1}, "b": {1: -0.11, 2: 0.0}, "c": {1: -0.06, 2: 0.0}}
+    several = [
+        replace(found[0], data=data, family=data, utility=utility, picks=picks) for data, utility in utilities.items()
+    ]
+    assert backtest.best_rule(several) == "always 2"
+    assert backtest.leave_one_out(several) == {"a": "always 2", "b": "always 1", "c": "always 2"}
+    assert backtest.leave_one_out(several[:1]) == {}
 
 
 def test_nothing_trained(tmp_path, monkeypatch):
@@ -245,12 +396,13 @@ def test_nothing_trained(tmp_path, monkeypatch):
 
 
 def test_a_diagnosis_that_is_missing_is_named(tmp_path, monkeypatch):
-    """And not left out in silence."""
+    """And not left out in silence; nor is the way to it."""
     monkeypatch.setattr(backtest, "SWEEPS", tmp_path)
     monkeypatch.setattr(backtest, "FAMILIES", [Family("a", "choose", "a", "tiny", 1000)])
     (tmp_path / "a").mkdir()
     made_up(TRUTH).save(tmp_path / "a" / "sweep.nc")
-    with pytest.raises(backtest.Refused, match=r"loops4-offset1-first-seed0\.nc is missing"):
+    said = r"diagnoses/(loops4-offset1-first-seed0\.nc) is missing: .* delete .*/a/cells/\1 first, to train it again"
+    with pytest.raises(backtest.Refused, match=said):
         backtest.backtest(0.01)
 
 
