@@ -17,11 +17,14 @@ import xarray as xr
 from backtest import (
     AIM_HITS,
     AIM_REGRET,
+    CHOSEN,
+    FAMILY_COLUMNS,
     HALVES,
     Refused,
     backtest,
     calibration_rows,
     chosen_rule,
+    family_rows,
     incomplete,
     text,
     why_no_interval,
@@ -469,11 +472,18 @@ def of_the_rules(*, unseen: bool) -> str:
             f"{text(scored[chosen], 'hits', '.0%')} (aim: {AIM_HITS:.0%}); the least regret there has {best['rule']}, "
             f"with {best['regret']:.4f}."
         )
-    elif not told["final"]:
+    elif CHOSEN.is_file():
+        parts.append("A rule is chosen. It is scored when the unseen half is completely trained.")
+    else:
         parts.append(
             f"No rule is chosen yet; **{chosen}** has the least regret so far on the half to choose on, which says "
             "nothing of how it does on others."
         )
+    if told["leave_one_out"] and not told["final"]:
+        others = "; ".join(f"without {left} {rule}" for left, rule in told["leave_one_out"].items())
+        parts.append(f"Of least regret with one data set left out: {others}.")
+    if told["diverged"]:
+        parts.append(f"Left out, since a training diverged: {'; '.join(told['diverged'])}.")
     if told["incomplete"]:
         parts.append(f"Scored in part, since not completely trained: {', '.join(told['incomplete'])}.")
     for half, scores in told["scores"].items():
@@ -485,17 +495,25 @@ def of_the_rules(*, unseen: bool) -> str:
             )
             for row in sorted(scores, key=lambda row: row["regret"])
         ]
-        intervals = why_no_interval(scores) or "Intervals are over data sets."
+        intervals = why_no_interval(scores) or "Intervals are over data sets (t)."
+        floor, families = told["floor"][half], told["families"][half]
+        few = sum(family["seeds"] < CLAIM for family in families)
+        rivals = [f"{row['baseline']} {text(row, 'difference', '+.4f')}" for row in told["against"][half]]
         heading = ("rule", "mean regret, nats per token", "within one standard error of the best")
         calibrated = told["calibration"][half]
         parts += [
             f"### Half `{half}`: {scores[0]['families']} families, data sets: {scores[0]['data_sets']}",
             intervals,
             table(heading, rows),
+            f"Regret of **{chosen}** less that of: {', '.join(rivals)}. In {few} of {len(families)} families, of fewer "
+            f"than {CLAIM} trainings, the standard error is over documents alone, and hits are stricter."
+            + (f" An oracle that knows the other trainings has a regret of {floor:.4f}." if floor is not None else ""),
             f"Is **{chosen}** as sure as it is right? Its support is the share of resamples of a checkpoint's "
-            "documents that give the same prediction. Support less hits, mean over families: "
+            "documents that give the same prediction. Support less hits, mean over data sets: "
             f"{text(calibrated, 'support_less_hits', '+.0%')} (above 0: too sure).",
             table(("support", "checkpoints", "mean support", "hits"), calibration_rows(calibrated)),
+            f"Where **{chosen}** loses:",
+            table(FAMILY_COLUMNS, family_rows(told["families"][half])),
         ]
     return "\n\n".join(parts)
 

@@ -38,7 +38,8 @@ def placed(tmp_path, monkeypatch):
     for module in (backtest, findings):
         monkeypatch.setattr(module, "SWEEPS", tmp_path)
         monkeypatch.setattr(module, "FAMILIES", families)
-    monkeypatch.setattr(backtest, "CHOSEN", tmp_path / "chosen.json")
+    for module in (backtest, findings):
+        monkeypatch.setattr(module, "CHOSEN", tmp_path / "chosen.json")
 
     def place(**sweeps):
         for name, losses in sweeps.items():
@@ -342,6 +343,9 @@ def test_a_whole_page(placed, tmp_path, monkeypatch):
     assert not [row for row in cells(page) if row[0] == "b"]
     assert "losses_over_training.png" in page
     rule = backtest.choose(0.01)
+    (tmp_path / "b" / "sweep.nc").rename(tmp_path / "later")
+    assert "A rule is chosen. It is scored when the unseen half is completely trained." in placed()
+    (tmp_path / "later").rename(tmp_path / "b" / "sweep.nc")
     page = placed()
     assert "Held back" not in page
     assert f"The rule chosen on the half `choose` is **{rule}**. On the unseen half its regret is" in page
