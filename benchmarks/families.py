@@ -117,12 +117,13 @@ def _docstrings(source: str) -> Iterator[str]:
 
 
 def trim(folder: Path) -> None:
-    """Leave in a sweep's diagnoses what scores are made of, as means over layers and heads: a sixth of the bytes."""
+    """Leave in a sweep's diagnoses what scores are made of, as float32 means over layers and heads."""
     for file in sorted((folder / "diagnoses").glob("*.nc")):
         data = Diagnosis.load(file).data
         if set(data.data_vars) - set(SCORED):
             there = data[[name for name in SCORED if name in data]]
-            Diagnosis(there.mean([dim for dim in there.dims if dim not in ("document", "loop")])).save(file)
+            means = there.mean([dim for dim in there.dims if dim not in ("document", "loop")])
+            Diagnosis(means.astype("float32")).save(file)
 
 
 def train(family: Family) -> None:
