@@ -37,8 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
-from families import FAMILIES, LOOPS, SWEEPS, Family
+from families import FAMILIES, LOOPS, SWEEPS, Family, measured, places
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +50,7 @@ from loopdiag.gaincost.lenses import LENSES
 from loopdiag.gaincost.measured import CLAIM
 from loopdiag.gaincost.rule import FEWEST_SOURCES, PRICE
 from loopdiag.losses import SweepLosses
-from loopdiag.sweep.gathering import PLACE, cell_file
+from loopdiag.sweep.gathering import cell_file
 from loopdiag.sweep.grid import Grid
 
 AIM_REGRET, AIM_HITS = 0.01, 0.80
@@ -143,16 +142,6 @@ def rules(diagnosis: Diagnosis, price: float) -> tuple[dict[str, int], dict[str,
     )
 
 
-def measured(losses: SweepLosses) -> xr.DataArray:
-    """Which places of a sweep have a model that was trained, whether or not its losses are finite."""
-    there = losses.data["nll"].notnull().all("document").transpose(*PLACE)
-    grid, diverged = Grid(LOOPS), losses.provenance.get("diverged", ())
-    for place in product(*(there[name].values.tolist() for name in PLACE)):
-        if grid.cell(*place).name in diverged:
-            there.loc[dict(zip(PLACE, place, strict=True))] = True
-    return there
-
-
 def trained(half: str) -> Iterator[tuple[Family, SweepLosses]]:
     """The sweeps of a half that have a model."""
     for family in FAMILIES:
@@ -163,17 +152,8 @@ def trained(half: str) -> Iterator[tuple[Family, SweepLosses]]:
 
 def incomplete(half: str) -> list[str]:
     """The sweeps of a half that are not completely trained, each with how far it is."""
-    there = {family.name: losses for family, losses in trained(half)}
-    found = []
-    for family in (family for family in FAMILIES if family.half == half):
-        asked = {"seed": range(family.seeds), "memory": family.memories, "offset": (1, 0), "loops": LOOPS}
-        wanted, count = int(np.prod([len(values) for values in asked.values()])), 0
-        if family.name in there:
-            places = measured(there[family.name])
-            count = int(places.reindex({name: list(asked[name]) for name in PLACE}, fill_value=False).sum())
-        if count < wanted:
-            found.append(f"{family.name} ({count} of {wanted} places)")
-    return found
+    counted = {family.name: places(family, SWEEPS / family.name) for family in FAMILIES if family.half == half}
+    return [f"{name} ({there} of {wanted} places)" for name, (there, wanted) in counted.items() if there < wanted]
 
 
 def diverged(half: str) -> list[str]:

@@ -19,14 +19,20 @@ import ast
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
+import xarray as xr
 
 from loopdiag.diagnosis import Diagnosis
 from loopdiag.files import whole
 from loopdiag.gaincost.lenses import INPUTS
+from loopdiag.losses import SweepLosses
 from loopdiag.model.config import LoopedConfig, Memory
 from loopdiag.sweep import sources
+from loopdiag.sweep.gathering import PLACE
 from loopdiag.sweep.grid import Grid
 from loopdiag.sweep.planning import plan
 from loopdiag.sweep.running import sweep
@@ -126,9 +132,36 @@ def trim(folder: Path) -> None:
             Diagnosis(means.astype("float32")).save(file)
 
 
+def measured(losses: SweepLosses) -> xr.DataArray:
+    """Which places of a sweep have a model that was trained, whether or not its losses are finite."""
+    there = losses.data["nll"].notnull().all("document").transpose(*PLACE)
+    grid, diverged = Grid(LOOPS), losses.provenance.get("diverged", ())
+    for place in product(*(there[name].values.tolist() for name in PLACE)):
+        if grid.cell(*place).name in diverged:
+            there.loc[dict(zip(PLACE, place, strict=True))] = True
+    return there
+
+
+def places(family: Family, folder: Path) -> tuple[int, int]:
+    """Of how many places (seeds, memories, offsets, loop counts) a sweep has the model, and how many it is to have."""
+    asked = {"seed": range(family.seeds), "memory": family.memories, "offset": (1, 0), "loops": LOOPS}
+    wanted = int(np.prod([len(values) for values in asked.values()]))
+    if not (folder / "sweep.nc").is_file():
+        return 0, wanted
+    there = measured(SweepLosses.load(folder / "sweep.nc"))
+    return int(there.reindex({name: list(asked[name]) for name in PLACE}, fill_value=False).sum()), wanted
+
+
 def train(family: Family) -> None:
-    """Train what is missing of a sweep."""
+    """Train what is missing of a sweep.
+
+    Of one that is whole nothing but sweep.nc, which has the losses of every document, and its diagnoses need be there.
+    """
     folder = SWEEPS / family.name
+    there, wanted = places(family, folder)
+    if there == wanted:
+        print(f"{family.name}: whole", flush=True)
+        return
     data = family.data
     if data == "docstrings":
         data = str(docstrings(SWEEPS / family.name / "text" / "docstrings.jsonl"))

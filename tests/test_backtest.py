@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import backtest
+import families
 import numpy as np
 import pytest
 from families import FAMILIES, Family, docstrings, trim
@@ -426,6 +427,25 @@ def test_natural_text_is_docstrings_without_examples(tmp_path, monkeypatch):
     assert record["source"] == "p"
     assert record["text"].startswith("What it does.")
     assert "code()" not in record["text"]
+
+
+def test_a_whole_sweep_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    """Though its cells are not there; one that lacks a seed is planned."""
+
+    class Planned(Exception):
+        pass
+
+    def planning(*args, **settings):
+        raise Planned
+
+    monkeypatch.setattr(families, "SWEEPS", tmp_path)
+    monkeypatch.setattr(families, "plan", planning)
+    (tmp_path / "made").mkdir()
+    made_up([[3.2, 3.1, 3.1, 3.1], [3.2, 3.0, 2.9, 2.8]], seeds=2).save(tmp_path / "made" / "sweep.nc")
+    families.train(Family("made", "choose", "bundled", "tiny", 1000, seeds=2))
+    assert capsys.readouterr().out == "made: whole\n"
+    with pytest.raises(Planned):
+        families.train(Family("made", "choose", "bundled", "tiny", 1000, seeds=3))
 
 
 def test_a_trimmed_diagnosis_predicts_the_same(tmp_path):
