@@ -41,7 +41,7 @@ def placed(net: LoopedLM, dtype: torch.dtype, room: Iterable[tuple[torch.device,
     def size(part: nn.Module) -> int:
         return sum(weight.numel() for weight in part.parameters()) * dtype.itemsize
 
-    layers = {name: size(module) for name, module in net.named_modules() if isinstance(module, Layer)}
+    layers = {name: size(layer) for name, layer in _layers(net).items()}
     rest = size(net) - sum(layers.values())
     devices = iter(room)
     device, left = next(devices)
@@ -64,8 +64,7 @@ def place_of(parameter: str, places: Places) -> torch.device:
 
 def places_of(net: LoopedLM) -> Places:
     """Where the parts of a model are."""
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, Layer)}
-    return {"": net.embed.weight.device} | {name: _device_of(layer) for name, layer in layers.items()}
+    return {"": net.embed.weight.device} | {name: _device_of(layer) for name, layer in _layers(net).items()}
 
 
 def connect(net: LoopedLM, places: Places) -> None:
@@ -85,6 +84,10 @@ def connect(net: LoopedLM, places: Places) -> None:
             layer = net.get_submodule(name)
             layer.register_forward_pre_hook(bring)
             layer.register_forward_hook(give_back)
+
+
+def _layers(net: LoopedLM) -> dict[str, Layer]:
+    return {name: module for name, module in net.named_modules() if isinstance(module, Layer)}
 
 
 def _device_of(part: nn.Module) -> torch.device:
